@@ -1,0 +1,262 @@
+"""The engine: one loop for every method.
+
+    propose, pack, forward, commit, publish
+
+``Engine.step`` is that loop's body. One thread calls it and owns all state.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from stretto.engine.cache import PrefixCache, View
+from stretto.engine.host import Host
+from stretto.engine.pack import Plan, pack
+from stretto.engine.params import SamplingParams
+from stretto.engine.runner import Runner
+from stretto.engine.sampling import Constraint, Sampler
+from stretto.engine.scheduler import Entry, Scheduler
+from stretto.engine.text import StopChecker, TextDecoder
+from stretto.engine.types import Commit, Method, Outcome, Sequence
+from stretto.errors import CapacityError, PromptError
+from stretto.models.batch import ForwardResult
+
+__all__ = ["Engine", "Progress", "Stream"]
+
+
+@dataclass(slots=True, eq=False)
+class Stream:
+    """One choice of a request, as the caller sees it."""
+
+    request: int
+    choice: int
+    seq: Sequence
+    stops: StopChecker
+    entry: Entry
+    arrival: float
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+
+@dataclass(slots=True)
+class Progress:
+    """What a step did for one stream: its new final tokens, and why it ended if it did."""
+
+    stream: Stream
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+class Engine:
+    """Runs sequences of any methods on one model.
+
+    ``make_decoder`` gives an incremental text decoder; ``stop_ids`` end a sequence; ``max_rows`` is the row budget of a
+    forward. After an exception in ``step`` the engine is unusable.
+    """
+
+    def __init__(
+        self, runner: Runner, host: Host, *, make_decoder: Callable[[bool], TextDecoder],
+        max_rows: int = 512, max_seqs: int = 64, prefix_caching: bool = True,
+    ):
+        self.runner, self.host = runner, host
+        self.forwards = self.rows = 0
+        config = runner.config
+        block = config.block_size if config.attention == "block" else 1
+        use_prefix = prefix_caching and config.attention != "full" and 16 % block == 0
+        self.prefix = PrefixCache(runner.alloc) if use_prefix else None
+        self.scheduler = Scheduler(
+            runner, self.prefix, max_rows=max_rows, max_seqs=max_seqs, block=block
+        )
+        self._block = block
+        self._make_decoder = make_decoder
+        self._streams: dict[Sequence, Stream] = {}
+        self._ids, self._requests = itertools.count(), itertools.count()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._streams)
+
+    def step(self) -> list[Progress]:
+        """One forward for everything that runs; what became final by it."""
+        plans = self.scheduler.plan()
+        if not plans:
+            return []
+        batch = pack(plans, block=self._block)
+        result = self.runner.forward(batch)
+        self.forwards += 1
+        self.rows += batch.n
+        commits = self._commits(plans, result)
+        return [self._apply(plan, commit, result) for plan, commit in zip(plans, commits, strict=True)]
+
+    def add(
+        self, prompt: list[int], params: SamplingParams, method: Method, *,
+        priority: int = 0, salt: str = "", constraint: Callable[[], Constraint] | None = None,
+        decode_text: bool = False,
+    ) -> list[Stream]:
+        """Queue a request; one stream per choice. Raises InputError or CapacityError, and then queues nothing."""
+        self._check(prompt, params)
+        request, arrival = next(self._requests), time.perf_counter()
+        streams: list[Stream] = []
+        for choice in range(params.n):
+            sampler = Sampler(
+                params, choice=choice, stop_ids=self.host.stop_ids, prompt=prompt,
+                constraint=constraint() if constraint else None,
+            )
+            seq = Sequence(
+                id=next(self._ids), tokens=list(prompt), prompt_len=len(prompt), params=params,
+                method=method, view=View(self.runner.alloc), sampler=sampler, choice=choice, salt=salt,
+            )
+            seq.logprobs = [] if params.logprobs is not None else None
+            method.admit(seq)
+            decoder = self._make_decoder(params.skip_special_tokens) if params.stop or decode_text else None
+            entry = Entry(seq, priority, request)
+            stops = StopChecker(params, self.host.stop_ids, decoder)
+            streams.append(Stream(request, choice, seq, stops, entry, arrival))
+        first, rest = streams[0], streams[1:]
+        if method.prefill(first.seq):
+            first.entry.forks = [s.entry for s in rest]
+        for stream in streams:
+            self._streams[stream.seq] = stream
+            if stream is first or not first.entry.forks:
+                self.scheduler.add(stream.entry)
+        return streams
+
+    def abort(self, stream: Stream) -> None:
+        """End a stream now; idempotent. Its slots are free afterwards."""
+        if stream.finish_reason is None:
+            self._promote(stream)
+            self._end(stream, "abort")
+
+    def _check(self, prompt: list[int], params: SamplingParams) -> None:
+        limit, vocabulary = self.host.max_model_len, self.runner.vocabulary
+        if not prompt:
+            raise PromptError("the prompt is empty: give at least one token")
+        if min(prompt) < 0 or max(prompt) >= vocabulary:
+            bad = next(t for t in prompt if not 0 <= t < vocabulary)
+            raise PromptError(f"token id {bad} is not in the vocabulary: ids go from 0 to {vocabulary - 1}")
+        if len(prompt) + params.max_tokens > limit:
+            raise PromptError(
+                f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}: together at most "
+                f"{limit} (max_model_len); shorten the prompt or lower max_tokens"
+            )
+        total = self.runner.alloc.total
+        if len(prompt) + params.max_tokens + 64 > total:
+            raise CapacityError(
+                f"the request may need {len(prompt) + params.max_tokens + 64} cache slots, the pool has {total}: "
+                "raise kv_cache_tokens or lower max_tokens"
+            )
+
+    def _commits(self, plans: list[Plan], result: ForwardResult) -> list[Commit | None]:
+        """Let every method commit its own steps, in the order of ``plans``."""
+        argmax = torch.argmax(result.logits, -1).cpu().numpy()
+        groups: dict[Method, list[int]] = {}
+        for i, plan in enumerate(plans):
+            if plan.step is not None:
+                groups.setdefault(plan.seq.method, []).append(i)
+        commits: list[Commit | None] = [None] * len(plans)
+        for method, members in groups.items():
+            outcomes = []
+            for i in members:
+                p = plans[i]
+                rows = slice(p.row + p.lead, p.row + p.rows)
+                outcomes.append(
+                    Outcome(result.logits, argmax, p.logit, p.logit + p.logits, result.hidden, rows)
+                )
+            seqs = [plans[i].seq for i in members]
+            done = method.commit(seqs, [plans[i].step for i in members], outcomes)
+            for i, commit in zip(members, done, strict=True):
+                commits[i] = commit
+        return commits
+
+    def _apply(self, plan: Plan, commit: Commit | None, result: ForwardResult) -> Progress:
+        """Write one commit into its sequence: cache rows, tokens, the end."""
+        seq, stream = plan.seq, self._streams[plan.seq]
+        seq.metrics.rows += plan.rows
+        slots, lead = plan.slots, plan.lead
+        seq.view.append(slots[:lead])
+        if commit is None:
+            seq.metrics.prefill_forwards += 1
+            self._share(seq)
+            return Progress(stream)
+        self._keep(seq, commit, slots[lead:])
+        if lead:
+            self._share(seq)
+        seq.metrics.forwards += 1
+        seq.metrics.drafted += commit.drafted
+        seq.metrics.accepted += commit.accepted
+        tokens = [int(t) for t in commit.tokens]
+        cut = stream.stops.check(tokens, seq.generated)
+        tokens = tokens[: cut.keep]
+        self._record(seq, commit, tokens, result, plan)
+        seq.tokens += tokens
+        seq.sampler.advance(tokens)
+        if tokens and not seq.metrics.ttft:
+            seq.metrics.ttft = time.perf_counter() - stream.arrival
+        reason = cut.reason or commit.finished
+        if reason:
+            stream.stop_reason = cut.stop
+            self._end(stream, reason)
+        return Progress(stream, tokens, reason)
+
+    def _keep(self, seq: Sequence, commit: Commit, slots: Any) -> None:
+        view, alloc = seq.view, self.runner.alloc
+        if commit.truncate is not None:
+            view.truncate(commit.truncate)
+        rows = list(commit.keep)
+        kept = set(rows)
+        if commit.replace is not None:
+            start, inside = commit.replace
+            inside = list(inside)
+            view.replace(start, slots[inside])
+            kept.update(inside)
+        if rows:
+            view.append(slots[rows])
+        if len(kept) < len(slots):
+            alloc.release(slots[[i for i in range(len(slots)) if i not in kept]])
+
+    def _record(
+        self, seq: Sequence, commit: Commit, tokens: list[int], result: ForwardResult, plan: Plan
+    ) -> None:
+        metrics = seq.metrics
+        metrics.tokens += len(tokens)
+        steps = commit.step_map
+        seq.step_map += list(steps)[: len(tokens)] if steps is not None else [metrics.forwards - 1] * len(tokens)
+        if seq.logprobs is None or commit.logprob_rows is None:
+            return
+        for token, row in zip(tokens, commit.logprob_rows, strict=False):
+            law = torch.log_softmax(result.logits[plan.logit + row].double(), -1)
+            top = torch.topk(law, seq.params.logprobs or 1).indices.tolist()[: seq.params.logprobs]
+            seq.logprobs.append({t: float(law[t]) for t in [token, *top]})
+
+    def _share(self, seq: Sequence) -> None:
+        if self.prefix is not None:
+            self.prefix.insert(seq.view, seq.tokens, seq.salt, min(len(seq.view), len(seq.tokens)))
+
+    def _promote(self, stream: Stream) -> None:
+        """The next choice takes over the prompt of an aborted first one."""
+        forks = stream.entry.forks
+        if forks:
+            heir, stream.entry.forks = forks[0], []
+            heir.forks = forks[1:]
+            self.scheduler.add(heir)
+            return
+        for other in self._streams.values():
+            if stream.entry in other.entry.forks:
+                other.entry.forks.remove(stream.entry)
+
+    def _end(self, stream: Stream, reason: str) -> None:
+        seq = stream.seq
+        if reason != "abort":
+            self._share(seq)
+            self._promote(stream)
+        seq.method.release(seq)
+        self.scheduler.remove(stream.entry)
+        del self._streams[seq]
+        stream.finish_reason = reason
+        seq.metrics.seconds = time.perf_counter() - stream.arrival

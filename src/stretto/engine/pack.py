@@ -1,0 +1,164 @@
+"""Packing: the steps of all sequences become one FlatBatch.
+
+Before a step's own rows may stand *lead* rows: prompt tokens that the engine still has to cache. They see the view and
+each other as the model's attention says (causal, or block-causal for a model trained so); the step's rows see
+all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from stretto.engine.types import CAUSAL, FULL, Sequence, Step
+from stretto.models.batch import FlatBatch
+
+__all__ = ["Plan", "pack"]
+
+
+@dataclass(slots=True)
+class Plan:
+    """What one sequence brings to the next forward."""
+
+    seq: Sequence
+    lead: int  # tokens to cache first
+    step: Step | None  # None: only the lead rows (a chunk of the prompt)
+    slots: np.ndarray | None = None  # int32 [lead + len(step)]
+    row: int = 0  # first row in the batch; pack writes it
+    logit: int = 0  # first row among the logits; pack writes it
+
+    @property
+    def rows(self) -> int:
+        return self.lead + (len(self.step) if self.step else 0)
+
+    @property
+    def logits(self) -> int:
+        if self.step is None:
+            return 0
+        return len(self.step) if self.step.logits is None else len(self.step.logits)
+
+
+@lru_cache(maxsize=512)
+def _causal(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """(columns, counts) of a lower triangle of n rows."""
+    return np.tril_indices(n)[1].astype(np.int32), np.arange(1, n + 1, dtype=np.int32)
+
+
+def _ancestors(parent: Seq[int]) -> tuple[np.ndarray, np.ndarray]:
+    paths: list[list[int]] = []
+    for i, p in enumerate(parent):
+        paths.append(paths[p] + [i] if p >= 0 else [i])
+    flat = np.fromiter((j for path in paths for j in path), np.int32)
+    return flat, np.fromiter((len(path) for path in paths), np.int32, len(paths))
+
+
+def _visible(step: Step) -> tuple[np.ndarray, np.ndarray]:
+    """(columns, counts per row) of what the step's rows see among themselves."""
+    n, see = len(step.tokens), step.see
+    if isinstance(see, str):
+        if see == CAUSAL:
+            return _causal(n)
+        if see == FULL:
+            return np.tile(np.arange(n, dtype=np.int32), n), np.full(n, n, np.int32)
+        raise ValueError(f"see={see!r}")
+    if isinstance(see, np.ndarray) and see.ndim == 2:
+        return np.nonzero(see)[1].astype(np.int32), see.sum(1).astype(np.int32)
+    return _ancestors(see)
+
+
+def _lead_visible(start: int, lead: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lead rows at positions start..start+lead-1; ``block`` > 1 sees to the end of the own block."""
+    if block <= 1:
+        return _causal(lead)
+    ends = np.minimum((np.arange(start, start + lead) // block + 1) * block - start, lead)
+    cols = np.concatenate([np.arange(e, dtype=np.int32) for e in ends])
+    return cols, ends.astype(np.int32)
+
+
+def _join(lead: int, a: tuple, b: tuple) -> tuple[np.ndarray, np.ndarray]:
+    """Lead rows' lists, then the step's lists behind all lead rows."""
+    cols, counts = b
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    shifted = np.insert(cols + lead, np.repeat(starts, lead), np.tile(np.arange(lead), len(counts)))
+    return (
+        np.concatenate([a[0], shifted.astype(np.int32)]),
+        np.concatenate([a[1], counts + np.int32(lead)]),
+    )
+
+
+def _local(plan: Plan, block: int) -> tuple[np.ndarray, np.ndarray]:
+    start = len(plan.seq.view)
+    if plan.step is None:
+        return _lead_visible(start, plan.lead, block)
+    if not plan.lead:
+        return _visible(plan.step)
+    return _join(plan.lead, _lead_visible(start, plan.lead, block), _visible(plan.step))
+
+
+def _context(plan: Plan) -> np.ndarray:
+    slots = plan.seq.view.slots
+    if plan.step is None or plan.step.context is None:
+        return slots
+    if plan.lead:
+        raise ValueError("a step that chooses its context cannot follow lead rows")
+    return np.concatenate([slots[a:b] for a, b in plan.step.context] or [slots[:0]])
+
+
+def pack(plans: list[Plan], *, block: int = 1) -> FlatBatch:
+    """One FlatBatch for all plans; writes ``row`` and ``logit`` of each. ``block``: attention of the lead rows."""
+    tokens: list[int] = []
+    positions: list[np.ndarray] = []
+    contexts, local, counts, logit_rows, embeds, embed_rows = [], [], [], [], [], []
+    taps: set[int] = set()
+    row = logit = 0
+    for plan in plans:
+        seq, step, lead = plan.seq, plan.step, plan.lead
+        start = len(seq.view)
+        plan.row, plan.logit = row, logit
+        cols, n_cols = _local(plan, block)
+        local.append(cols + np.int32(row))
+        counts.append(n_cols)
+        contexts.append(_context(plan))
+        if lead:
+            tokens += seq.tokens[start : start + lead]
+        n = plan.rows
+        if step is None or step.positions is None:
+            positions.append(np.arange(start, start + n, dtype=np.int32))
+        else:
+            if lead:
+                positions.append(np.arange(start, start + lead, dtype=np.int32))
+            positions.append(np.asarray(step.positions, np.int32))
+        if step is not None:
+            tokens += step.tokens
+            wanted = range(len(step)) if step.logits is None else step.logits
+            logit_rows += [row + lead + i for i in wanted]
+            logit += len(wanted)
+            taps.update(step.taps)
+            if step.embeds is not None:
+                embeds.append(step.embeds)
+                embed_rows += [row + lead + i for i in step.embed_rows]
+        row += n
+    return FlatBatch(
+        tokens=np.array(tokens, np.int64),
+        positions=np.concatenate(positions),
+        slots=np.concatenate([p.slots for p in plans]),
+        context_of=np.repeat(np.arange(len(plans), dtype=np.int32), [p.rows for p in plans]),
+        context=np.concatenate(contexts),
+        context_ptr=_ptr([len(c) for c in contexts]),
+        local=np.concatenate(local),
+        local_ptr=_ptr(np.concatenate(counts)),
+        logit_rows=np.array(logit_rows, np.int32),
+        taps=tuple(sorted(taps)),
+        embeds=torch.cat(embeds) if embeds else None,
+        embed_rows=np.array(embed_rows, np.int32) if embeds else None,
+    )
+
+
+def _ptr(counts: Seq[int] | np.ndarray) -> np.ndarray:
+    out = np.zeros(len(counts) + 1, np.int32)
+    np.cumsum(counts, out=out[1:])
+    return out

@@ -1,0 +1,116 @@
+"""A model with its K/V pool: the only place that runs a forward, and that knows what a forward costs here."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+
+from stretto.engine.cache import SlotAllocator
+from stretto.errors import CapacityError
+from stretto.models.batch import FlatBatch, ForwardResult, KVPool
+from stretto.models.context import forward_batch
+from stretto.models.native import NativeForward
+from stretto.models.transformer import Transformer
+
+__all__ = ["LatencyCurve", "Runner"]
+
+CURVE_ROWS = (1, 2, 4, 8, 16, 32, 64)
+
+
+class LatencyCurve:
+    """Seconds of a forward by rows, measured on this machine; monotone, linear between the points."""
+
+    def __init__(self, rows: list[int], seconds: list[float]):
+        self.rows = np.asarray(rows, float)
+        self.seconds = np.maximum.accumulate(np.asarray(seconds, float))
+
+    def __call__(self, rows: float) -> float:
+        if rows <= self.rows[-1]:
+            return float(np.interp(rows, self.rows, self.seconds))
+        slope = (self.seconds[-1] - self.seconds[-2]) / (self.rows[-1] - self.rows[-2])
+        return float(self.seconds[-1] + slope * (rows - self.rows[-1]))
+
+
+class Runner:
+    """``model`` on ``slots`` cache slots. ``backend``: "auto" (native where it can), "native", or "torch".
+
+    ``forward`` returns logits with the ids that the tokenizer does not know at -inf.
+    """
+
+    def __init__(
+        self, model: Transformer, *, slots: int, backend: str = "auto", vocabulary: int | None = None,
+    ):
+        self.model, self.config = model, model.config
+        c = model.config
+        reason = NativeForward.supported(c) if backend != "torch" else "not asked for"
+        if backend == "native" and reason:
+            raise CapacityError(f"backend='native' cannot serve this model here: {reason}")
+        weight = model.model.embed_tokens.weight
+        self.native = NativeForward(model) if reason is None and weight.device.type == "cpu" else None
+        self.backend = "native" if self.native else "torch"
+        self.backend_reason = reason
+        kv_dtype = torch.float32 if self.native else weight.dtype
+        self.pool = KVPool(
+            c.num_hidden_layers, slots, c.num_key_value_heads, c.head_dim,
+            dtype=kv_dtype, device=weight.device,
+        )
+        self.alloc = SlotAllocator(slots)
+        self.vocabulary = min(vocabulary or c.vocab_size, c.vocab_size)
+        self._curves: dict[int, LatencyCurve] = {}
+
+    @torch.inference_mode()
+    def forward(self, batch: FlatBatch) -> ForwardResult:
+        self.pool.positions[batch.slots] = batch.positions
+        if self.native is not None:
+            result = self.native.forward(self.pool, batch)
+        else:
+            result = forward_batch(self.model, self.pool, batch)
+        if self.vocabulary < self.config.vocab_size:
+            result.logits[:, self.vocabulary :] = -torch.inf
+        return result
+
+    def curve(self, context: int = 128) -> LatencyCurve:
+        """The measured cost of 1..64 rows on about ``context`` cached rows (rounded up to a power of two)."""
+        size = 1 << max(6, (max(1, context) - 1).bit_length())
+        size = min(size, self.alloc.total // 4)
+        if size not in self._curves:
+            self._curves[size] = self._measure(size)
+        return self._curves[size]
+
+    def _measure(self, context: int) -> LatencyCurve:
+        rows = [r for r in CURVE_ROWS if r + context <= self.alloc.free]
+        if not rows:
+            raise CapacityError(f"the latency curve needs {context + 1} free cache slots")
+        slots = self.alloc.alloc(context + rows[-1])
+        try:
+            seconds = []
+            for n in rows:
+                batch = _chain(slots[:context], slots[context : context + n], n)
+                times = []
+                budget = time.perf_counter() + 0.25
+                while len(times) < 3 or (len(times) < 12 and time.perf_counter() < budget):
+                    start = time.perf_counter()
+                    self.forward(batch)
+                    times.append(time.perf_counter() - start)
+                seconds.append(min(times))
+        finally:
+            self.alloc.release(slots)
+        return LatencyCurve(rows, seconds)
+
+
+def _chain(context: np.ndarray, slots: np.ndarray, n: int) -> FlatBatch:
+    """``n`` rows of one sequence behind ``context``, causal, all with logits."""
+    cols, counts = np.tril_indices(n)[1].astype(np.int32), np.arange(1, n + 1)
+    return FlatBatch(
+        tokens=np.zeros(n, np.int64),
+        positions=np.arange(len(context), len(context) + n, dtype=np.int32),
+        slots=slots.astype(np.int32),
+        context_of=np.zeros(n, np.int32),
+        context=context.astype(np.int32),
+        context_ptr=np.array([0, len(context)], np.int32),
+        local=cols,
+        local_ptr=np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
+        logit_rows=np.arange(n, dtype=np.int32),
+    )

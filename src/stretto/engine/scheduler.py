@@ -1,0 +1,184 @@
+"""Which sequences take part in the next forward, with which rows, in which slots. No tensor is touched here.
+
+Each turn: running sequences in (priority, arrival) order propose; those that still have prompt to cache get chunks of
+what is left of the row budget; then, if nobody was preempted, waiting ones are admitted. When slots run out,
+unused prefix blocks go first, then the least important running sequence gives its cache back and waits: its
+tokens are evaluated again later (preemption by recomputation). The most important one is never a victim.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from stretto.engine.cache import PrefixCache
+from stretto.engine.pack import Plan
+from stretto.engine.runner import Runner
+from stretto.engine.types import Method, Sequence
+
+__all__ = ["Entry", "Scheduler"]
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A sequence in the queues. ``forks``: further choices of the same prompt that start when it is cached."""
+
+    seq: Sequence
+    priority: int
+    arrival: int
+    forks: list[Entry] = field(default_factory=list)
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        return self.priority, self.arrival
+
+
+class Scheduler:
+    """``max_rows``: rows of one forward; ``max_seqs``: sequences that run at the same time; ``block``: chunks of a
+    prompt end on multiples of it (block-causal models)."""
+
+    def __init__(
+        self, runner: Runner, prefix: PrefixCache | None, *, max_rows: int, max_seqs: int, block: int = 1,
+    ):
+        self.waiting: list[Entry] = []
+        self.running: list[Entry] = []
+        self.preemptions = 0
+        self._alloc, self._prefix = runner.alloc, prefix
+        self._max_rows, self._max_seqs, self._block = max_rows, max_seqs, block
+
+    def add(self, entry: Entry) -> None:
+        self.waiting.append(entry)
+        self.waiting.sort(key=lambda e: e.rank)
+
+    def remove(self, entry: Entry) -> None:
+        """Forget an entry wherever it is; its view is released."""
+        for queue in (self.waiting, self.running):
+            if entry in queue:
+                queue.remove(entry)
+        entry.seq.view.release()
+
+    def plan(self) -> list[Plan]:
+        """The plans of the next forward, slots allotted; empty when there is nothing to do."""
+        before = self.preemptions
+        self._admit()
+        plans = self._allot(self._prompts(self._proposals()))
+        if self.preemptions == before and not plans and self.running:
+            raise AssertionError("running sequences, but no plan")
+        return plans
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self._max_seqs:
+            entry = self.waiting[0]
+            seq = entry.seq
+            if not len(seq.view) and self._prefix is not None and seq.method.prefill(seq):
+                seq.metrics.cached_tokens = self._prefix.attach(
+                    seq.view, seq.tokens, seq.salt, seq.method.prefill(seq)
+                )
+            need = len(seq.tokens) - len(seq.view) + 16
+            if self.running and need > self._alloc.free:
+                self._reclaim(need)
+                if need > self._alloc.free:
+                    seq.view.release()
+                    return
+            self.running.append(self.waiting.pop(0))
+            self.running.sort(key=lambda e: e.rank)
+
+    def _spawn(self) -> None:
+        """Fork the waiting choices of every prompt that is cached."""
+        for entry in [e for e in self.running if e.forks]:
+            seq = entry.seq
+            if len(seq.view) < seq.method.prefill(seq):
+                continue
+            for fork in entry.forks:
+                fork.seq.view.release()
+                fork.seq.view = seq.view.fork()
+                fork.seq.metrics.cached_tokens = len(seq.view)
+                self.add(fork)
+            entry.forks = []
+
+    def _proposals(self) -> list[Plan]:
+        """A plan for each running sequence: with a step where its method can run now."""
+        self._spawn()
+        left = self._max_rows
+        plans, ready = [], []
+        for entry in self.running:
+            seq = entry.seq
+            lead = max(0, seq.method.prefill(seq) - len(seq.view))
+            plan = Plan(seq, lead, None)
+            plans.append(plan)
+            if lead == 0 or (lead < left and not entry.forks):
+                seq.computed = len(seq.view) + lead
+                left -= lead
+                ready.append(plan)
+        by_method: dict[Method, list[Plan]] = defaultdict(list)
+        for plan in ready:
+            plan.seq.row_limit = max(1, left // len(ready))
+            by_method[plan.seq.method].append(plan)
+        for method, group in by_method.items():
+            for plan, step in zip(group, method.propose([p.seq for p in group]), strict=True):
+                plan.step = step
+        return plans
+
+    def _prompts(self, plans: list[Plan]) -> list[Plan]:
+        """Clip to the row budget: steps first, then chunks of prompts. A step that does not fit waits."""
+        left, out = self._max_rows, []
+        for plan in sorted(plans, key=lambda p: p.step is None or p.lead > 0):
+            if plan.step is not None and (plan.rows <= left or not out):
+                left -= plan.rows
+                out.append(plan)
+            elif plan.lead and left > 0:
+                plan.step = None
+                plan.lead = self._chunk(plan, left)
+                left -= plan.lead
+                if plan.lead:
+                    out.append(plan)
+        return out
+
+    def _chunk(self, plan: Plan, left: int) -> int:
+        if plan.lead <= left:
+            return plan.lead
+        start = len(plan.seq.view)
+        return max(0, (start + left) // self._block * self._block - start)
+
+    def _allot(self, plans: list[Plan]) -> list[Plan]:
+        """Give each plan its slots; preempt from the back when they run out."""
+        rank = {e.seq: e.rank for e in self.running}
+        plans.sort(key=lambda p: rank[p.seq])
+        done: list[Plan] = []
+        for plan in plans:
+            if plan.seq not in rank:
+                continue  # preempted while this forward was planned
+            self._reclaim(plan.rows)
+            while plan.rows > self._alloc.free and (victim := self._victim(plan.seq)):
+                for other in [p for p in done if p.seq is victim.seq]:
+                    self._alloc.release(other.slots)
+                    done.remove(other)
+                rank.pop(victim.seq)
+                self._preempt(victim)
+                if victim.seq is plan.seq:
+                    break
+                self._reclaim(plan.rows)
+            if plan.seq in rank and plan.rows <= self._alloc.free:
+                plan.slots = self._alloc.alloc(plan.rows)
+                done.append(plan)
+        return done
+
+    def _reclaim(self, rows: int) -> None:
+        if self._prefix is not None and rows > self._alloc.free:
+            self._prefix.evict(rows - self._alloc.free)
+
+    def _victim(self, asking: Sequence) -> Entry | None:
+        """The least important running entry behind ``asking``, down to ``asking`` itself; the first is never one."""
+        for entry in reversed(self.running[1:]):
+            if entry.seq.method.preemptible(entry.seq):
+                return entry
+            if entry.seq is asking:
+                return None
+        return None
+
+    def _preempt(self, entry: Entry) -> None:
+        self.preemptions += 1
+        entry.seq.metrics.preemptions += 1
+        entry.seq.view.release()
+        self.running.remove(entry)
+        self.add(entry)

@@ -1,0 +1,206 @@
+"""The vocabulary of the engine: what a method proposes, what a forward gives back, what a method commits.
+
+    propose   a method says which rows of each of its sequences it wants evaluated     -> Step
+    pack      the rows of all sequences, of all methods, become one flat batch
+    forward   one pass of the model                                                    -> Outcome
+    commit    the method says which tokens are final and which rows' K/V stays         -> Commit
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from stretto.engine.cache import View
+    from stretto.engine.host import Host
+    from stretto.engine.params import SamplingParams
+    from stretto.engine.sampling import Sampler
+
+__all__ = ["CAUSAL", "FULL", "Commit", "Method", "Metrics", "Outcome", "Sequence", "Step"]
+
+CAUSAL = "causal"  # a row of the step sees the rows before it, and itself
+FULL = "full"  # every row of the step sees every row of the step
+
+
+@dataclass(slots=True)
+class Step:
+    """The rows that one sequence wants evaluated in the next forward (n rows).
+
+    Every row sees ``context`` (ranges of cached rows; None = all) and, among the rows of this step, what ``see``
+    says: CAUSAL, FULL, a list ``parent[i] < i`` (-1 = none; a row sees its ancestors and itself), or a boolean
+    matrix [n, n] with ``see[i, j]`` = row i sees row j.
+    ``positions`` default to consecutive ones behind the cached rows.
+    ``logits``: rows whose logits are wanted (None = all). ``embeds`` [len(embed_rows), H] replaces the token
+    embeddings of ``embed_rows``. ``taps``: layers whose output states are wanted (0 = embeddings, -1 = final).
+    ``extra``: whatever the method wants to find again at commit; the engine never looks at it.
+    """
+
+    tokens: Seq[int]
+    positions: Seq[int] | np.ndarray | None = None
+    see: str | Seq[int] | np.ndarray = CAUSAL
+    context: Seq[tuple[int, int]] | None = None
+    logits: Seq[int] | None = None
+    embeds: Tensor | None = None
+    embed_rows: Seq[int] = ()
+    taps: Seq[int] = ()
+    extra: Any = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class Outcome:
+    """What the forward gave to one step. Rows are those of ``Step.logits``, in that order."""
+
+    __slots__ = ("_argmax", "_hidden", "_logits", "_rows", "start", "stop")
+
+    def __init__(
+        self, logits: Tensor, argmax: np.ndarray, start: int, stop: int,
+        hidden: dict[int, Tensor], rows: slice,
+    ):
+        self._logits, self._argmax, self._hidden, self._rows = logits, argmax, hidden, rows
+        self.start, self.stop = start, stop
+
+    @property
+    def logits(self) -> Tensor:
+        """float32 [rows asked for, V]."""
+        return self._logits[self.start : self.stop]
+
+    @property
+    def argmax(self) -> np.ndarray:
+        """int64 [rows asked for]; the lowest id wins ties."""
+        return self._argmax[self.start : self.stop]
+
+    def hidden(self, layer: int) -> Tensor:
+        """float32 [n, H]: the states of all rows of the step after ``layer`` (must have been tapped)."""
+        return self._hidden[layer][self._rows]
+
+
+@dataclass(slots=True)
+class Commit:
+    """What a step made final.
+
+    ``tokens`` are appended to the sequence, in order. ``keep`` are the rows of the step whose K/V stays, in logical
+    order, appended to the view (the others vanish). Before that, ``truncate`` cuts the view back to a length and
+    ``replace`` = (start, rows) puts rows in the place of cached ones.
+    ``finished``: the method itself ends the sequence ("stop"); the engine finds stop tokens, stop strings and
+    max_tokens inside ``tokens`` by itself and cuts there.
+    ``logprob_rows``: for each token the row (in the order of Step.logits) whose law decided it; None = no logprobs.
+    ``step_map``: for each token, the 0-based forward of this sequence that decided it; None = this one.
+    """
+
+    tokens: Seq[int] = ()
+    keep: Seq[int] | range = ()
+    truncate: int | None = None
+    replace: tuple[int, Seq[int]] | None = None
+    finished: str | None = None
+    drafted: int = 0
+    accepted: int = 0
+    logprob_rows: Seq[int] | None = None
+    step_map: Seq[int] | None = None
+
+
+@dataclass(slots=True)
+class Metrics:
+    """What one sequence cost. ``forwards`` counts the forwards that its method took part in; a chunk of the prompt
+    that a forward evaluates without the method counts in ``prefill_forwards``."""
+
+    forwards: int = 0
+    prefill_forwards: int = 0
+    rows: int = 0
+    tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    cached_tokens: int = 0
+    preemptions: int = 0
+    seconds: float = 0.0
+    ttft: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def tokens_per_forward(self) -> float:
+        return self.tokens / self.forwards if self.forwards else 0.0
+
+    @property
+    def acceptance(self) -> float:
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    def note(self, text: str) -> None:
+        """Say something once: why a method was switched off, what was clipped."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One stream of tokens: the prompt and what was made final, and what of it is cached."""
+
+    id: int
+    tokens: list[int]  # prompt + final tokens; the engine appends
+    prompt_len: int
+    params: SamplingParams
+    method: Method
+    view: View
+    sampler: Sampler
+    choice: int = 0
+    salt: str = ""
+    computed: int = 0  # rows that will be cached when the method's rows run; the engine writes it before propose
+    row_limit: int = 1 << 30  # most rows the method may propose now; the engine writes it
+    state: Any = None  # the method's own
+    metrics: Metrics = field(default_factory=Metrics)
+    logprobs: list[dict[int, float]] | None = None
+    step_map: list[int] = field(default_factory=list)  # forward number that decided each generated token
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def remaining(self) -> int:
+        """How many tokens max_tokens still allows; at least 1 while the sequence runs."""
+        return self.params.max_tokens - self.generated
+
+
+class Method(Protocol):
+    """A decoding method: a pair of functions around the forward, and nothing else.
+
+    One instance serves all sequences of an engine that use the same options. ``propose`` may be called again
+    for the same state (a step that found no room is dropped and asked for anew), so it must not change the law of
+    the output. The first rows of a sequence (its prompt) are evaluated by the engine as ``prefill`` says.
+    """
+
+    name: ClassVar[str]
+    lossless: ClassVar[bool]
+
+    def __init__(self, host: Host, options: Any): ...
+
+    def admit(self, seq: Sequence) -> None:
+        """Refuse what the method cannot serve (UnsupportedError), set ``seq.state``."""
+
+    def prefill(self, seq: Sequence) -> int:
+        """How many leading tokens the engine must have cached before the method's own rows."""
+        ...
+
+    def propose(self, seqs: list[Sequence]) -> list[Step]: ...
+
+    def commit(
+        self, seqs: list[Sequence], steps: list[Step], outcomes: list[Outcome]
+    ) -> list[Commit]: ...
+
+    def release(self, seq: Sequence) -> None:
+        """The sequence ended, for whatever reason: free what belongs to it."""
+
+    def preemptible(self, seq: Sequence) -> bool:
+        """Whether dropping the K/V now and computing it again changes nothing."""
+        ...
+
+
+def take_argmax(logits: Tensor) -> np.ndarray:
+    """int64 [k]: the lowest id among the largest logits of each row."""
+    return torch.argmax(logits, dim=-1).numpy() if len(logits) else np.empty(0, np.int64)

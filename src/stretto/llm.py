@@ -1,0 +1,241 @@
+"""``LLM``: the offline face of the engine, with vLLM's names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from stretto.decoding.registry import get, make
+from stretto.engine.engine import Engine, Stream
+from stretto.engine.grammar import compile_constraint
+from stretto.engine.host import Host
+from stretto.engine.params import SamplingParams
+from stretto.engine.runner import Runner
+from stretto.engine.types import Metrics
+from stretto.errors import InputError, OptionError, PromptError, UnsupportedError
+from stretto.models.checkpoint import load
+from stretto.models.context import plain_logits
+from stretto.models.tokenizer import Tokenizer
+from stretto.zoo.models import resolve
+
+__all__ = ["LLM", "CompletionOutput", "RequestOutput"]
+
+Prompt = str | list[int]
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One choice. ``logprobs``: per token {id: log-probability}. ``step_map``: per token the 0-based forward of this
+    choice that decided it."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+    stop_reason: str | int | None
+    logprobs: list[dict[int, float]] | None
+    step_map: list[int]
+    metrics: Metrics
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """``metrics`` are those of the first choice; each choice carries its own."""
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+
+    @property
+    def metrics(self) -> Metrics:
+        return self.outputs[0].metrics
+
+
+class LLM:
+    """A model with an engine around it.
+
+    ``model``: a zoo name ("zoo:tiny"), a directory in Hugging Face layout, or a hub id. ``dtype``: "auto",
+    "float32", "bfloat16". ``deterministic``: every lossless method returns plain decoding's tokens exactly.
+    ``backend``: "auto", "native", "torch". ``kv_cache_tokens``: slots of the K/V pool (default: 1 GiB worth, between
+    4096 and 131072). ``plan=False`` keeps methods from switching themselves off.
+
+    Raises CheckpointError for files that are no model, InputError for unusable arguments.
+    """
+
+    def __init__(
+        self, model: str | Path, *, dtype: str = "auto", device: str = "auto", deterministic: bool = False,
+        backend: str = "auto", max_model_len: int | None = None, max_num_seqs: int = 64,
+        max_num_batched_tokens: int | None = None, kv_cache_tokens: int | None = None,
+        enable_prefix_caching: bool = True, threads: int | None = None, plan: bool = True,
+    ):
+        if threads is not None:
+            if threads < 1:
+                raise OptionError("threads", threads, "a whole number from 1")
+            torch.set_num_threads(threads)
+        if backend not in ("auto", "native", "torch"):
+            raise OptionError("backend", backend, "auto, native or torch")
+        self.model_name, self.deterministic = str(model), deterministic
+        self._dtype, self._device, self._backend = dtype, device, backend
+        self._plan = plan
+        path = resolve(model)
+        self.model = load(path, dtype=dtype, device=device)
+        self.config = self.model.config
+        self.tokenizer = Tokenizer(path)
+        self.tokenizer.check_fits(self.config.vocab_size)
+        slots = kv_cache_tokens or _default_slots(self.config)
+        self.runner = self._runner(self.model, slots, len(self.tokenizer))
+        self.max_model_len = min(
+            max_model_len or self.config.max_position_embeddings, self.config.max_position_embeddings
+        )
+        self.host = Host(
+            self.runner, tuple(self.tokenizer.stop_ids(self.config)), self.max_model_len,
+            self._open_runner, plan=plan,
+        )
+        self.engine = Engine(
+            self.runner, self.host, make_decoder=self.tokenizer.decoder,
+            max_rows=max_num_batched_tokens or (512 if self.model.device.type == "cpu" else 2048),
+            max_seqs=max_num_seqs, prefix_caching=enable_prefix_caching,
+        )
+        self._methods: dict[str, Any] = {}
+
+    def generate(
+        self, prompts: Prompt | Seq[Prompt], sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+        *, method: str | Seq[str] = "ar", options: Mapping[str, Any] | Seq[Mapping[str, Any]] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete every prompt; all share forwards. Lists of params, methods or options go one per prompt."""
+        items = self._items(prompts)
+        params = _spread(sampling_params or SamplingParams(), len(items), "sampling_params")
+        methods = _spread(method, len(items), "method")
+        opts = _spread(options or {}, len(items), "options")
+        requests: list[list[Stream]] = []
+        try:
+            for item, p, m, o in zip(items, params, methods, opts, strict=True):
+                requests.append(self.submit(item, p, method=m, options=o))
+            while any(s.finish_reason is None for streams in requests for s in streams):
+                self.engine.step()
+        except BaseException:
+            for streams in requests:
+                for stream in streams:
+                    self.engine.abort(stream)
+            raise
+        return [self._output(i, streams) for i, streams in zip(items, requests, strict=True)]
+
+    def submit(
+        self, prompt: Prompt, params: SamplingParams, *, method: str = "ar",
+        options: Mapping[str, Any] | None = None, decode_text: bool = False, priority: int = 0, salt: str = "",
+    ) -> list[Stream]:
+        """Queue one request on the engine without running it; one stream per choice."""
+        made = self.method(method, options)
+        ids = self._encode(prompt)
+        constraint = None
+        if params.regex is not None or params.json_schema is not None:
+            if not getattr(made, "grammar", True):
+                raise UnsupportedError(
+                    f"method {method!r} cannot follow a grammar: it does not commit tokens from left to right"
+                )
+            constraint = compile_constraint(self.tokenizer, params, self.host.stop_ids, self.config.vocab_size)
+        return self.engine.add(
+            ids, params, made, decode_text=decode_text, priority=priority, salt=salt, constraint=constraint
+        )
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, method: str = "ar",
+        options: Mapping[str, Any] | None = None,
+    ) -> Iterator[str]:
+        """The text of one completion, piece by piece, as it becomes final."""
+        params = sampling_params or SamplingParams()
+        (stream,) = self.submit(prompt, params, method=method, options=options, decode_text=True)
+        sent = 0
+        try:
+            while stream.finish_reason is None:
+                self.engine.step()
+                safe = stream.stops.safe
+                if safe > sent:
+                    yield stream.stops.text[sent:safe]
+                    sent = safe
+        finally:
+            self.engine.abort(stream)
+
+    def method(self, name: str, options: Mapping[str, Any] | None = None) -> Any:
+        """The method with these options on this engine; made once and then shared."""
+        key = json.dumps([get(name).name, options or {}], sort_keys=True, default=str)
+        if key not in self._methods:
+            self._methods[key] = make(name, self.host, options)
+        return self._methods[key]
+
+    def logits(self, token_ids: Seq[int]) -> torch.Tensor:
+        """A plain forward without cache: float32 [n, vocabulary]."""
+        ids = self._encode(list(token_ids))
+        return plain_logits(self.model, ids)
+
+    def chat_prompt(self, messages: Seq[Mapping[str, Any]], **kwargs: Any) -> str:
+        """The chat template's text for ``messages``, ready for an answer."""
+        return self.tokenizer.chat(list(messages), add_generation_prompt=True, **kwargs)
+
+    def _items(self, prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
+        if isinstance(prompts, str):
+            return [prompts]
+        items = list(prompts)
+        if items and all(isinstance(i, (int, np.integer)) for i in items):
+            return [[int(i) for i in items]]
+        if not items:
+            raise PromptError("no prompt was given")
+        return items
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        return [int(t) for t in prompt]
+
+    def _output(self, prompt: Prompt, streams: list[Stream]) -> RequestOutput:
+        outputs = []
+        for s in streams:
+            ids = s.seq.tokens[s.seq.prompt_len :]
+            text = s.stops.finish() if s.seq.params.stop else self.tokenizer.decode(
+                ids, skip_special_tokens=s.seq.params.skip_special_tokens
+            )
+            outputs.append(
+                CompletionOutput(
+                    s.choice, text, ids, s.finish_reason, s.stop_reason, s.seq.logprobs,
+                    s.seq.step_map, s.seq.metrics,
+                )
+            )
+        seq = streams[0].seq
+        return RequestOutput(
+            prompt if isinstance(prompt, str) else None, seq.tokens[: seq.prompt_len], outputs
+        )
+
+    def _runner(self, model: Any, slots: int, vocabulary: int) -> Runner:
+        return Runner(model, slots=slots, backend=self._backend, vocabulary=vocabulary)
+
+    def _open_runner(self, name: str) -> Runner:
+        """Another model for a method (a draft); its tokenizer must agree with this one's."""
+        path = resolve(name)
+        other = Tokenizer(path)
+        if not self.tokenizer.same_ids(other):
+            raise InputError(
+                f"the vocabulary of {name} ({len(other)} ids) is not that of {self.model_name} "
+                f"({len(self.tokenizer)} ids): a draft must share the tokenizer of its target"
+            )
+        model = load(path, dtype=self._dtype, device=self._device)
+        return self._runner(model, self.runner.alloc.total, len(other))
+
+
+def _default_slots(config: Any) -> int:
+    per_slot = 8 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return int(min(131072, max(4096, (1 << 30) // per_slot)))
+
+
+def _spread(value: Any, n: int, name: str) -> list[Any]:
+    if isinstance(value, (list, tuple)):
+        if len(value) != n:
+            raise OptionError(name, f"{len(value)} values", f"one value, or one for each of the {n} prompts")
+        return list(value)
+    return [value] * n

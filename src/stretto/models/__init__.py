@@ -1,0 +1,1 @@
+"""One transformer, its checkpoints, its declared variations; tokenizer; vision tower."""

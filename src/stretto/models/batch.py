@@ -1,0 +1,80 @@
+"""What one forward evaluates: a flat batch of rows, and the pool that holds every row's keys and values.
+
+Legend of shapes: n rows of the batch, s contexts (one per sequence in the batch), c context slots in all,
+m local references in all, k rows that need logits, L layers, S slots of the pool, G kv heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["FlatBatch", "ForwardResult", "KVPool"]
+
+Ints = np.ndarray  # int32 unless said otherwise
+
+
+@dataclass(slots=True)
+class FlatBatch:
+    """The rows of all sequences of all methods, flattened.
+
+    Row i attends, in this order, to the slots ``context[context_ptr[q]:context_ptr[q+1]]`` with
+    ``q = context_of[i]``, then to the rows ``local[local_ptr[i]:local_ptr[i+1]]`` of this batch (itself
+    included). Both lists are in logical order, which fixes the order of every sum. Keys and values of row i
+    are written to ``slots[i]`` before anything of the layer is read. A model with a sliding window also
+    drops keys with ``positions[i] - position(key) >= window``.
+    """
+
+    tokens: np.ndarray  # int64 [n]; ignored where ``embeds`` has the row
+    positions: Ints  # [n] logical positions (rotary angles)
+    slots: Ints  # [n] slot of the pool that receives the row's K/V
+    context_of: Ints  # [n] index of the row's context, in 0..s-1
+    context: Ints  # [c]
+    context_ptr: Ints  # [s+1]
+    local: Ints  # [m] row numbers
+    local_ptr: Ints  # [n+1]
+    logit_rows: Ints  # [k] rows whose logits are wanted
+    taps: Sequence[int] = ()  # layers whose output hidden states are wanted (0 = embeddings, l = after layer l)
+    embeds: Tensor | None = None  # [len(embed_rows), H], replaces the token embedding of embed_rows
+    embed_rows: Ints | None = None
+
+    @property
+    def n(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(slots=True)
+class ForwardResult:
+    """What a forward gives back."""
+
+    logits: Tensor  # float32 [k, V]
+    hidden: dict[int, Tensor] = field(default_factory=dict)  # tap layer -> [n, H]; -1 = final-normed state
+
+
+class KVPool:
+    """Keys and values of all layers, one slot a row: ``k``, ``v`` of shape [L, S, G, D].
+
+    Slots never move: a sequence is a table of slot numbers, so that fork, truncation and the compaction of an
+    accepted tree path rewrite tables only.
+    """
+
+    def __init__(
+        self, layers: int, slots: int, kv_heads: int, head_dim: int,
+        *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
+    ):
+        shape = (layers, slots, kv_heads, head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.positions = np.zeros(slots, np.int32)  # logical position of each slot's key
+
+    @property
+    def slots(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * self.k.numel() * self.k.element_size()

@@ -1,0 +1,1 @@
+"""One trainer; objectives; recipes; makers of data."""
