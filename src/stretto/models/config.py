@@ -1,0 +1,357 @@
+"""What a model is: one frozen record read from, and written to, Hugging Face ``config.json``.
+
+Families are rows of ``families.FAMILIES``; nothing here or in the transformer asks for a family by name.
+Source of the keys: the published config files of each family; defaults are those of transformers 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from stretto.errors import ArchitectureError
+from stretto.models.families import FAMILIES, Family, family_of
+
+__all__ = ["ModelConfig", "MoEConfig", "RopeConfig"]
+
+ATTENTION_KINDS = ("causal", "full", "block")
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding: ``type`` one of default, linear, dynamic, yarn, llama3, longrope; ``theta`` its base.
+
+    ``params``: the numbers of that type under their Hugging Face keys (factor, beta_fast, ...).
+    ``fp32``: rotate in float32 and cast back (LLaDA).
+    """
+
+    type: str = "default"
+    theta: float = 10000.0
+    params: Mapping[str, Any] = field(default_factory=dict)
+    fp32: bool = False
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Routed feed-forward: ``experts`` of ``intermediate_size``, ``top_k`` of them a row.
+
+    ``renormalize``: divide the chosen weights by their sum. ``cast``: round the weights to the model dtype before
+    the product (qwen3_moe does, mixtral keeps float32). ``sparse``: which layers are routed.
+    """
+
+    experts: int
+    top_k: int
+    intermediate_size: int
+    renormalize: bool
+    cast: bool
+    sparse: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The facts of one transformer. ``H`` hidden, ``I`` intermediate, ``L`` layers, ``V`` vocabulary rows.
+
+    ``windows[l]``: sliding window of layer l in tokens, None = unlimited; key j is visible to query i iff
+    i - w < j. ``attention``: "causal", "full" (all rows see each other) or "block" (rows see all blocks of
+    ``block_size`` up to their own). ``shift``: logits of position i - 1 predict position i also for masked rows.
+    ``source``: the ``config.json`` this came from, kept so that saving returns it.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    rope: RopeConfig = RopeConfig()
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    windows: tuple[int | None, ...] = ()
+    moe: MoEConfig | None = None
+    attention: str = "causal"
+    block_size: int = 1
+    shift: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    mask_token_id: int | None = None
+    dtype: str | None = None
+    source: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.windows:
+            object.__setattr__(self, "windows", (None,) * self.num_hidden_layers)
+        _check(self)
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
+
+    @classmethod
+    def from_hf(cls, data: Mapping[str, Any]) -> ModelConfig:
+        """Read a ``config.json``. Raises ArchitectureError for what this transformer does not cover."""
+        return _Reader(data).config()
+
+    def to_hf(self) -> dict[str, Any]:
+        """The ``config.json`` of this model: the source file's keys where they still hold, else fresh ones."""
+        if self.source:
+            if ModelConfig.from_hf(self.source) == self:
+                return dict(self.source)
+            return _patched(self)
+        return _fresh(self)
+
+    def changed(self, **changes: Any) -> ModelConfig:
+        """A copy with some fields replaced."""
+        return replace(self, **changes)
+
+
+def _check(c: ModelConfig) -> None:
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim"):
+        if getattr(c, name) < 1:
+            raise ArchitectureError(f"{name}={getattr(c, name)}: must be at least 1")
+    if c.num_key_value_heads < 1 or c.num_attention_heads % c.num_key_value_heads:
+        raise ArchitectureError(
+            f"num_attention_heads={c.num_attention_heads} is not a multiple of "
+            f"num_key_value_heads={c.num_key_value_heads}"
+        )
+    if c.head_dim % 2:
+        raise ArchitectureError(f"head_dim={c.head_dim}: rotary embeddings need an even number")
+    if c.attention not in ATTENTION_KINDS:
+        raise ArchitectureError(f"attention={c.attention!r}: allowed are {', '.join(ATTENTION_KINDS)}")
+    if c.block_size < 1:
+        raise ArchitectureError(f"block_size={c.block_size}: must be at least 1")
+    if len(c.windows) != c.num_hidden_layers:
+        raise ArchitectureError(f"{len(c.windows)} window sizes for {c.num_hidden_layers} layers")
+    if c.rope.type not in ROPE_TYPES:
+        raise ArchitectureError(
+            f"rope type {c.rope.type!r} is not supported: allowed are {', '.join(ROPE_TYPES)}"
+        )
+    for what, token in (("bos", c.bos_token_id), ("pad", c.pad_token_id), ("mask", c.mask_token_id)):
+        if token is not None and token >= c.vocab_size:
+            raise ArchitectureError(f"{what}_token_id={token} is outside the vocabulary of {c.vocab_size}")
+
+
+class _Reader:
+    """Reads one config.json with the keys and defaults of its family."""
+
+    def __init__(self, data: Mapping[str, Any]):
+        self.data = data
+        if data.get("quantization_config"):
+            method = data["quantization_config"].get("quant_method", "unknown")
+            raise ArchitectureError(
+                f"quantized checkpoints ({method}) are not supported: load the unquantized model"
+            )
+        self.model_type, self.family = family_of(data)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value of canonical ``name``, under any of the keys that the family uses for it."""
+        for key in (*self.family.keys.get(name, ()), name):
+            if self.data.get(key) is not None:
+                return self.data[key]
+        return self.family.defaults.get(name, default)
+
+    def need(self, name: str) -> Any:
+        value = self.get(name)
+        if value is None:
+            keys = " or ".join((*self.family.keys.get(name, ()), name))
+            raise ArchitectureError(f"config.json of model_type {self.model_type!r} lacks {keys}")
+        return value
+
+    def config(self) -> ModelConfig:
+        act = self.get("hidden_act", "silu")
+        if act not in ("silu", "swish"):
+            raise ArchitectureError(f"hidden_act={act!r} is not supported: only silu")
+        for key in self.family.must_be_false:
+            if self.data.get(key):
+                raise ArchitectureError(f"{key}={self.data[key]!r} is not supported for {self.model_type}")
+        hidden, heads, layers = (
+            int(self.need(k)) for k in ("hidden_size", "num_attention_heads", "num_hidden_layers")
+        )
+        extra = self.data.get("stretto") or {}
+        eos = extra.get("eos_token_id", self.data.get("eos_token_id"))
+        return ModelConfig(
+            model_type=self.model_type,
+            vocab_size=int(self.need("vocab_size")),
+            hidden_size=hidden,
+            intermediate_size=int(self._intermediate(hidden)),
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=int(self.get("num_key_value_heads") or heads),
+            head_dim=int(self.get("head_dim") or hidden // heads),
+            rms_norm_eps=float(self.get("rms_norm_eps", 1e-6)),
+            max_position_embeddings=int(self.get("max_position_embeddings", 2048)),
+            tie_word_embeddings=bool(self.get("tie_word_embeddings", False)),
+            rope=self._rope(),
+            qkv_bias=self._flag(self.family.qkv_bias),
+            o_bias=self._flag(self.family.o_bias),
+            mlp_bias=self._flag(self.family.mlp_bias),
+            qk_norm=self._flag(self.family.qk_norm),
+            windows=self._windows(layers),
+            moe=self._moe(layers),
+            attention=extra.get("attention", self.family.attention),
+            block_size=int(extra.get("block_size", self.data.get("block_size") or self.family.block_size)),
+            shift=bool(extra.get("shift", self.family.shift)),
+            bos_token_id=self.data.get("bos_token_id"),
+            eos_token_ids=tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (eos,),
+            pad_token_id=self.data.get("pad_token_id"),
+            mask_token_id=extra.get("mask_token_id", self.get("mask_token_id")),
+            dtype=self.data.get("dtype") or self.data.get("torch_dtype"),
+            source=dict(self.data),
+        )
+
+    def _flag(self, rule: bool | str) -> bool:
+        """A family's flag is fixed, or the name of the key that holds it."""
+        return bool(self.data.get(rule, False)) if isinstance(rule, str) else rule
+
+    def _intermediate(self, hidden: int) -> int:
+        value = self.get("intermediate_size")
+        if value is None and self.data.get("mlp_ratio"):
+            value = self.data["mlp_ratio"] * hidden
+        return value if value is not None else self.need("intermediate_size")
+
+    def _rope(self) -> RopeConfig:
+        new = self.data.get("rope_parameters")
+        old = self.data.get("rope_scaling")
+        params = dict(new or old or {})
+        kind = params.pop("rope_type", None) or params.pop("type", None) or "default"
+        params.pop("type", None)
+        theta = params.pop("rope_theta", None) or self.get("rope_theta", 10000.0)
+        if params.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ArchitectureError("partial_rotary_factor other than 1 is not supported")
+        params.pop("partial_rotary_factor", None)
+        return RopeConfig(kind, float(theta), params, self.family.rope_fp32)
+
+    def _windows(self, layers: int) -> tuple[int | None, ...]:
+        rule, size = self.family.window, self.data.get("sliding_window")
+        if rule == "always":
+            size = self.data["sliding_window"] if "sliding_window" in self.data else 4096
+            return (size,) * layers
+        if rule == "layers" and size is not None and self.data.get("use_sliding_window"):
+            types = self.data.get("layer_types")
+            if types is None:
+                first = self.data.get("max_window_layers", 28)
+                types = ["sliding_attention" if i >= first else "full" for i in range(layers)]
+            return tuple(size if t == "sliding_attention" else None for t in types)
+        return (None,) * layers
+
+    def _moe(self, layers: int) -> MoEConfig | None:
+        rule = self.family.moe
+        if rule is None:
+            return None
+        dense = set(self.data.get("mlp_only_layers") or ())
+        step = int(self.data.get("decoder_sparse_step") or 1)
+        freq = self.data.get("moe_layer_freq")
+        sparse = tuple(
+            bool(freq[i]) if isinstance(freq, list) else i not in dense and (i + 1) % step == 0
+            for i in range(layers)
+        )
+        return MoEConfig(
+            experts=int(self.need("num_experts")),
+            top_k=int(self.need("num_experts_per_tok")),
+            intermediate_size=int(self.need("moe_intermediate_size")),
+            renormalize=True if rule == "mixtral" else bool(self.get("norm_topk_prob", False)),
+            cast=rule != "mixtral",
+            sparse=sparse,
+        )
+
+
+def _rope_hf(c: ModelConfig) -> dict[str, Any]:
+    return {"rope_type": c.rope.type, "rope_theta": c.rope.theta, **c.rope.params}
+
+
+def _stretto_section(c: ModelConfig) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    family = c.family
+    if (c.attention, c.shift) != (family.attention, family.shift) or c.block_size != family.block_size:
+        out = {"attention": c.attention, "block_size": c.block_size, "shift": c.shift}
+    if c.mask_token_id is not None and c.mask_token_id != family.defaults.get("mask_token_id"):
+        out["mask_token_id"] = c.mask_token_id
+    return out
+
+
+def _fresh(c: ModelConfig) -> dict[str, Any]:
+    """Every key from scratch, in the family's own words."""
+    family = c.family
+    plain = {
+        k: getattr(c, k)
+        for k in (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings",
+            "tie_word_embeddings",
+        )
+    }
+    out: dict[str, Any] = {"model_type": family.model_type or c.model_type}
+    out["architectures"] = [family.architecture]
+    out |= {(family.keys.get(k) or (k,))[0]: v for k, v in plain.items()}
+    out["hidden_act"] = "silu"
+    for rule, value in (
+        (family.qkv_bias, c.qkv_bias), (family.mlp_bias, c.mlp_bias), (family.qk_norm, c.qk_norm),
+    ):
+        if isinstance(rule, str):
+            out[rule] = value
+    if family.rope_style == "old":
+        out |= {"rope_theta": c.rope.theta}
+    else:
+        out["rope_parameters"] = _rope_hf(c)
+    out |= _window_keys(c) | _moe_keys(c)
+    for what in ("bos", "pad", "mask"):
+        token = getattr(c, f"{what}_token_id")
+        if token is not None:
+            out[f"{what}_token_id"] = token
+    eos = list(c.eos_token_ids)
+    out["eos_token_id"] = (eos[0] if len(eos) == 1 else eos) if eos else None
+    out["dtype"] = c.dtype or "float32"
+    section = _stretto_section(c)
+    return out | ({"stretto": section} if section else {})
+
+
+def _window_keys(c: ModelConfig) -> dict[str, Any]:
+    sizes = {w for w in c.windows if w is not None}
+    if c.family.window == "always":
+        return {"sliding_window": c.windows[0]}
+    if not sizes:
+        return {}
+    types = ["full_attention" if w is None else "sliding_attention" for w in c.windows]
+    return {
+        "use_sliding_window": True, "sliding_window": sizes.pop(), "layer_types": types,
+        "max_window_layers": types.index("sliding_attention"),
+    }
+
+
+def _moe_keys(c: ModelConfig) -> dict[str, Any]:
+    if c.moe is None:
+        return {}
+    keys = c.family.keys
+    out = {
+        keys.get("num_experts", ("num_experts",))[0]: c.moe.experts,
+        "num_experts_per_tok": c.moe.top_k,
+        keys.get("moe_intermediate_size", ("moe_intermediate_size",))[0]: c.moe.intermediate_size,
+    }
+    if c.family.moe != "mixtral":
+        out["norm_topk_prob"] = c.moe.renormalize
+        out["mlp_only_layers"] = [i for i, s in enumerate(c.moe.sparse) if not s]
+        out["decoder_sparse_step"] = 1
+    return out
+
+
+def _patched(c: ModelConfig) -> dict[str, Any]:
+    """The source file with the keys of the changed fields replaced by fresh ones."""
+    was, fresh = ModelConfig.from_hf(c.source), _fresh(c)
+    out = dict(c.source)
+    old_fresh = _fresh(was)
+    for key in fresh.keys() | old_fresh.keys():
+        if fresh.get(key) != old_fresh.get(key):
+            if key in fresh:
+                out[key] = fresh[key]
+            else:
+                out.pop(key, None)
+    return out

@@ -1,0 +1,331 @@
+"""Attention contexts: who sees whom, and where keys and values live.
+
+Legend: n rows, A heads, G kv heads (R = A/G query heads share one), D head_dim, L layers, S slots. Masks are bool,
+True = visible. ``attend`` gets q and k already rotated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stretto.errors import OptionError, PromptError
+from stretto.models.batch import FlatBatch, ForwardResult, KVPool
+
+if TYPE_CHECKING:
+    from stretto.models.config import ModelConfig
+    from stretto.models.transformer import Transformer
+
+__all__ = ["AttentionContext", "PackedContext", "PoolContext", "forward_batch", "packed", "plain_logits"]
+
+Kind = str | tuple[str, int] | Tensor
+
+
+class AttentionContext(Protocol):
+    """What a layer asks for its attention."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [n, A, D], k and v [n, G, D], rotated -> [n, A, D]"""
+        ...
+
+
+class PackedContext:
+    """Segments of ``lengths`` rows side by side, without a cache: training and scoring.
+
+    ``kind``: "causal", "full", ("block", B) = causal over blocks of B rows and full inside one, or a bool mask:
+    [t, t] for each of the segments (all of length t), [b, t, t] one for each, or [n, n] over all rows. ``windows``:
+    sliding window per layer in rows (None = unlimited); the rows of a segment are then consecutive positions.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], kind: Kind = "causal", *, windows: Sequence[int | None] = (),
+        device: str | torch.device = "cpu",
+    ):
+        self.lengths = [int(t) for t in lengths]
+        if not self.lengths or min(self.lengths) < 1:
+            raise PromptError(f"segment lengths {self.lengths} must all be at least 1")
+        self._kind, self._windows, self._device = kind, windows, torch.device(device)
+        self._masks: dict[int | None, Tensor | None] = {}
+        self._spans = [(self.lengths, None)]
+        if isinstance(kind, Tensor):
+            self._check_mask(kind)
+        elif kind not in ("causal", "full") and not (isinstance(kind, tuple) and kind[0] == "block"):
+            raise OptionError("kind", kind, "causal, full, ('block', B) or a bool mask")
+        self._whole = isinstance(kind, Tensor) and len(set(self.lengths) | {kind.shape[-1]}) > 1
+        self._equal = len(set(self.lengths)) == 1 and not self._whole
+        self._pad = None if self._equal or self._whole else _Padding(self.lengths, self._device)
+
+    def _check_mask(self, mask: Tensor) -> None:
+        n, lengths = mask.shape[-1], set(self.lengths)
+        fits = lengths == {n} or (mask.dim() == 2 and n == sum(self.lengths))
+        if mask.dim() not in (2, 3) or mask.shape[-2] != n or not fits or mask.dtype != torch.bool:
+            raise OptionError("kind", f"mask {tuple(mask.shape)} of {mask.dtype}", "bool, square, of the lengths")
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        window = self._windows[layer] if self._windows else None
+        if self._whole:
+            return _sdpa(q[None], k[None], v[None], self._mask(window, len(q)))[0]
+        if self._pad is not None:
+            q, k, v = self._pad.spread(q), self._pad.spread(k), self._pad.spread(v)
+            return self._pad.collect(self._sdpa(q, k, v, window))
+        b, t = len(self.lengths), self.lengths[0]
+        out = self._sdpa(*(x.view(b, t, *x.shape[1:]) for x in (q, k, v)), window)
+        return out.reshape(q.shape)
+
+    def _sdpa(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        """[b, t, heads, D] of each -> [b, t, A, D]"""
+        t = q.shape[1]
+        if self._kind == "causal" and (window is None or window >= t):
+            return _sdpa(q, k, v, None, causal=True)  # padding stands right, so nobody real sees it
+        return _sdpa(q, k, v, self._mask(window, t))
+
+    def _mask(self, window: int | None, t: int) -> Tensor | None:
+        if window not in self._masks:
+            self._masks[window] = self._build(window, t)
+        return self._masks[window]
+
+    def _build(self, window: int | None, t: int) -> Tensor | None:
+        at = torch.arange(t, device=self._device)
+        i, j = at[:, None], at[None, :]
+        if isinstance(self._kind, Tensor):
+            mask = self._kind.to(self._device)
+            mask = mask[:, None] if mask.dim() == 3 else mask
+        elif self._kind == "causal":
+            mask = j <= i
+        elif self._kind == "full":
+            mask = None
+        else:
+            block = self._kind[1]
+            mask = j // block <= i // block
+        if window is not None and window < t:
+            near = (i - j) < window
+            mask = near if mask is None else mask & near
+        if self._pad is not None and self._kind != "causal":
+            real = self._pad.real[:, None, None, :]
+            mask = real if mask is None else mask & real
+        return mask
+
+
+class _Padding:
+    """Rows of unequal segments <-> [b, T, ...], padded on the right."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device):
+        self.shape = (len(lengths), max(lengths))
+        lens = torch.tensor(lengths, device=device)
+        self.real = torch.arange(self.shape[1], device=device) < lens[:, None]  # [b, T]
+        self._index = self.real.flatten().nonzero()[:, 0]
+
+    def spread(self, x: Tensor) -> Tensor:
+        out = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:])
+        return out.index_copy(0, self._index, x).view(*self.shape, *x.shape[1:])
+
+    def collect(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, *x.shape[2:]).index_select(0, self._index)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool = False) -> Tensor:
+    """[b, t, A, D], [b, m, G, D] twice, mask broadcastable to [b, A, t, m] -> [b, t, A, D]"""
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=causal,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2)
+
+
+@dataclass(slots=True)
+class _Group:
+    """Contexts whose rows are evaluated in one call: g of them, with r rows and m keys each (padded)."""
+
+    rows: Tensor | slice  # int64 [g * r], or the slice of the batch it is
+    shape: tuple[int, int, int]  # g, r, m
+    keys: Tensor | slice  # int64 [g * m] slots, or the slice of the pool it is
+    visible: Tensor | None  # bool [g, r, m]; None = all
+    causal: bool  # the mask is exactly lower triangular
+    distance: Tensor | None  # int32 [g, r, m]: position of the row minus that of the key (sliding windows)
+
+
+class PoolContext:
+    """A FlatBatch on a KVPool: writes every row's keys and values to its slot, then reads as the batch says.
+
+    Index and mask tensors are built once here, not per layer.
+    """
+
+    def __init__(self, pool: KVPool, batch: FlatBatch, config: ModelConfig):
+        self.pool, self._windows = pool, config.windows
+        device = pool.k.device
+        pool.positions[batch.slots] = batch.positions
+        self._slots = _run(batch.slots, device)
+        self._distances = any(w is not None for w in config.windows)
+        self._groups = _groups(pool, batch, self._distances)
+        self._masks: dict[tuple[int, int | None], Tensor | None] = {}
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self.pool.k[layer], self.pool.v[layer]
+        keys[self._slots] = k.to(keys.dtype)
+        values[self._slots] = v.to(values.dtype)
+        out = None if self._alone else torch.empty_like(q)
+        for i, group in enumerate(self._groups):
+            part = self._attend(i, group, layer, q, keys, values)
+            if out is None:
+                return part
+            out[group.rows] = part
+        return out
+
+    @property
+    def _alone(self) -> bool:
+        return len(self._groups) == 1 and isinstance(self._groups[0].rows, slice)
+
+    def _attend(self, i: int, group: _Group, layer: int, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        g, r, m = group.shape
+        gathered = [x[group.keys].to(q.dtype).view(g, m, *x.shape[1:]) for x in (keys, values)]
+        rows = q[group.rows].view(g, r, *q.shape[1:])
+        window = self._windows[layer]
+        if group.causal and (window is None or window >= m):
+            out = _sdpa(rows, *gathered, None, causal=True)
+        else:
+            out = _grouped(rows, *gathered, self._mask(i, group, window))
+        return out.reshape(g * r, *q.shape[1:])
+
+    def _mask(self, i: int, group: _Group, window: int | None) -> Tensor | None:
+        key = (i, window)
+        if key not in self._masks:
+            mask = group.visible
+            if window is not None:
+                near = group.distance < window
+                mask = near if mask is None else mask & near
+            self._masks[key] = mask
+        return self._masks[key]
+
+
+def _grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """As ``_sdpa`` with mask [g, r, m], but the query heads of one kv head stand as rows: keys are read once."""
+    g, r, heads, dim = q.shape
+    kv = k.shape[2]
+    share = heads // kv
+    if share == 1:
+        return _sdpa(q, k, v, None if mask is None else mask[:, None])
+    q = q.view(g, r, kv, share, dim).permute(0, 2, 3, 1, 4).reshape(g, kv, share * r, dim)
+    mask = None if mask is None else mask.repeat(1, share, 1)[:, None]
+    out = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+    return out.view(g, kv, share, r, dim).permute(0, 3, 1, 2, 4).reshape(g, r, heads, dim)
+
+
+def _run(index: np.ndarray, device: torch.device) -> Tensor | slice:
+    """``index`` as a slice where it is a run of consecutive numbers, else as an int64 tensor."""
+    if len(index) and index[-1] - index[0] == len(index) - 1 and (np.diff(index) == 1).all():
+        return slice(int(index[0]), int(index[-1]) + 1)
+    return torch.from_numpy(np.asarray(index, np.int64)).to(device)
+
+
+def _groups(pool: KVPool, batch: FlatBatch, distances: bool) -> list[_Group]:
+    """The contexts of the batch, those of like size together."""
+    order = np.argsort(batch.context_of, kind="stable")
+    counts = np.bincount(batch.context_of, minlength=len(batch.context_ptr) - 1)
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    buckets: dict[tuple[int, int], list[tuple]] = {}
+    for q in range(len(counts)):
+        if not counts[q]:
+            continue
+        rows = order[starts[q] : starts[q + 1]]
+        context = batch.context[batch.context_ptr[q] : batch.context_ptr[q + 1]]
+        item = _one(batch, rows, context)
+        size = len(item[1])
+        bucket = (len(rows), max(6, size.bit_length()))
+        buckets.setdefault(bucket, []).append(item)
+    return [_merge(pool, batch, items, distances) for items in buckets.values()]
+
+
+def _one(batch: FlatBatch, rows: np.ndarray, context: np.ndarray) -> tuple:
+    """(rows, key slots [m], visible bool [r, m] or None) of one context."""
+    if len(rows) == 1:
+        i = rows[0]
+        seen = batch.local[batch.local_ptr[i] : batch.local_ptr[i + 1]]
+        return rows, np.concatenate([context, batch.slots[seen]]), None
+    starts, ends = batch.local_ptr[rows], batch.local_ptr[rows + 1]
+    lists = [batch.local[a:b] for a, b in zip(starts, ends, strict=True)]
+    columns = np.concatenate(lists)
+    seen, inverse = np.unique(columns, return_inverse=True)
+    visible = np.zeros((len(rows), len(context) + len(seen)), bool)
+    visible[:, : len(context)] = True
+    visible[np.repeat(np.arange(len(rows)), ends - starts), len(context) + inverse] = True
+    keys = np.concatenate([context, batch.slots[seen]])
+    return rows, keys, None if visible.all() else visible
+
+
+def _merge(pool: KVPool, batch: FlatBatch, items: list[tuple], distances: bool) -> _Group:
+    g, r = len(items), len(items[0][0])
+    sizes = [len(keys) for _, keys, _ in items]
+    m = max(sizes)
+    device = pool.k.device
+    rows = np.concatenate([rows for rows, _, _ in items])
+    keys = np.zeros((g, m), np.int64)
+    padded = min(sizes) < m
+    visible = None
+    if padded or any(seen is not None for _, _, seen in items):
+        visible = np.zeros((g, r, m), bool)
+    for i, (_, slots, seen) in enumerate(items):
+        keys[i, : len(slots)] = slots
+        keys[i, len(slots) :] = slots[-1]
+        if visible is not None:
+            visible[i, :, : len(slots)] = True if seen is None else seen
+    causal = visible is not None and g == 1 and r == m > 1 and (visible[0] == np.tri(r, dtype=bool)).all()
+    distance = None
+    if distances:
+        at = batch.positions[rows].reshape(g, r, 1) - pool.positions[keys][:, None, :]
+        distance = torch.from_numpy(at.astype(np.int32)).to(device)
+    return _Group(
+        rows=_run(rows, device) if len(rows) < batch.n or rows[0] else _run(rows, device),
+        shape=(g, r, m),
+        keys=_run(keys.ravel(), device),
+        visible=None if visible is None else torch.from_numpy(visible).to(device),
+        causal=bool(causal),
+        distance=distance,
+    )
+
+
+def forward_batch(model: Transformer, pool: KVPool, batch: FlatBatch) -> ForwardResult:
+    """Run ``batch``: float32 logits of its ``logit_rows``, and the tapped states."""
+    device = model.device
+    tokens = torch.from_numpy(batch.tokens).to(device)
+    positions = torch.from_numpy(np.asarray(batch.positions, np.int64)).to(device)
+    embeds = None
+    if batch.embeds is not None:
+        embeds = model.embed(tokens)
+        at = torch.from_numpy(np.asarray(batch.embed_rows, np.int64)).to(device)
+        embeds = embeds.index_copy(0, at, batch.embeds.to(embeds))
+    tapped: dict[int, Tensor] = {}
+    ctx = PoolContext(pool, batch, model.config)
+    hidden = model.hidden(
+        None if embeds is not None else tokens, positions, ctx, embeds=embeds, taps=batch.taps, tapped=tapped
+    )
+    if -1 in batch.taps:
+        tapped[-1] = hidden
+    wanted = batch.logit_rows
+    if len(wanted) < len(hidden) or not np.array_equal(wanted, np.arange(len(hidden))):
+        hidden = hidden[torch.from_numpy(np.asarray(wanted, np.int64)).to(device)]
+    return ForwardResult(model.logits(hidden).float(), tapped)
+
+
+def packed(config: ModelConfig, lengths: Sequence[int], *, device: str | torch.device = "cpu") -> PackedContext:
+    """The context in which the model was trained: its own attention kind and windows."""
+    kind: Kind = ("block", config.block_size) if config.attention == "block" else config.attention
+    windows = config.windows if any(w is not None for w in config.windows) else ()
+    return PackedContext(lengths, kind, windows=windows, device=device)
+
+
+@torch.no_grad()
+def plain_logits(model: Transformer, ids: Sequence[int]) -> Tensor:
+    """float32 [n, V] of one text, without cache or batch: the reference that every faster path must equal."""
+    if not len(ids):
+        raise PromptError("the prompt is empty: give at least one token")
+    tokens = torch.as_tensor(ids, dtype=torch.int64, device=model.device)
+    if int(tokens.min()) < 0 or int(tokens.max()) >= model.config.vocab_size:
+        raise PromptError(f"token ids must lie in 0..{model.config.vocab_size - 1}")
+    ctx = packed(model.config, [len(tokens)], device=model.device)
+    return model(tokens, torch.arange(len(tokens), device=model.device), ctx).float()

@@ -1,0 +1,191 @@
+"""One transformer for every family: what differs between them is data in ``ModelConfig``.
+
+Legend: n rows (flat, no batch dimension), H hidden, A heads, G kv heads, D head_dim, V vocabulary. Which rows see
+which keys is the business of the attention context (``context.py``). Parameter names are those of the Hugging Face
+llama/qwen family, q/k/v and gate/up separate, so that adapters and checkpoints fit without renaming.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stretto.errors import PromptError
+from stretto.models.config import ModelConfig
+from stretto.models.context import AttentionContext
+from stretto.models.moe import SparseMLP
+from stretto.models.rope import Rotary, apply_rope
+
+__all__ = ["Attention", "Block", "MLP", "RMSNorm", "Transformer"]
+
+Angles = tuple[Tensor, Tensor]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in float32, cast back, then times the weight (the order matters in bfloat16)."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions; the context decides what is visible."""
+
+    def __init__(self, c: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, c.head_dim
+        q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, q, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, kv, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, kv, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(q, c.hidden_size, bias=c.o_bias)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
+
+    def forward(self, x: Tensor, angles: Angles, ctx: AttentionContext) -> Tensor:
+        """x [n, H] -> [n, H]"""
+        heads = (len(x), -1, self.head_dim)
+        q, k, v = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        out = ctx.attend(self.layer, apply_rope(q, *angles), apply_rope(k, *angles), v)
+        return self.o_proj(out.reshape(len(x), -1))
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x))"""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each with its residual."""
+
+    def __init__(self, c: ModelConfig, layer: int):
+        super().__init__()
+        self.self_attn = Attention(c, layer)
+        self.mlp = SparseMLP(c) if c.moe is not None and c.moe.sparse[layer] else MLP(c)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, x: Tensor, angles: Angles, ctx: AttentionContext) -> Tensor:
+        """x [n, H] -> [n, H]"""
+        x = x + self.self_attn(self.input_layernorm(x), angles, ctx)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class _Trunk(nn.Module):
+    """The part of the names that starts with ``model.``"""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Block(c, layer) for layer in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+
+class Transformer(nn.Module):
+    """The model. ``Transformer(config)`` has random weights; ``checkpoint.load`` fills them from files.
+
+    Pieces for callers that run layer by layer: ``embed``, ``rotary``, ``layers[l](x, angles, ctx)``, ``norm``,
+    ``head``.
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ):
+        super().__init__()
+        self.config = config
+        self.rotary = Rotary(config.rope, config.head_dim, config.max_position_embeddings)
+        with torch.device("meta"):
+            self.model = _Trunk(config)
+            if not config.tie_word_embeddings:
+                self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.to(dtype)
+        if torch.device(device).type != "meta":
+            self.to_empty(device=device)
+            self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Normal(0, std) matrices, zero biases, unit norms, from torch's global generator."""
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                p.zero_()
+            elif "norm" in name:
+                p.fill_(1.0)
+            else:
+                p.normal_(0.0, std)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.model.layers
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.embed_tokens.weight.dtype
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """int64 [n] -> [n, H]"""
+        return self.model.embed_tokens(tokens)
+
+    def norm(self, x: Tensor) -> Tensor:
+        """The final norm, [n, H] -> [n, H]"""
+        return self.model.norm(x)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Final-normed [k, H] -> logits [k, V] in the model's dtype"""
+        if self.config.tie_word_embeddings:
+            return F.linear(hidden, self.model.embed_tokens.weight)
+        return self.lm_head(hidden)
+
+    logits = head
+
+    def hidden(
+        self, tokens: Tensor | None, positions: Tensor, ctx: AttentionContext, *,
+        embeds: Tensor | None = None, taps: Sequence[int] = (), tapped: dict[int, Tensor] | None = None,
+    ) -> Tensor:
+        """The final-normed states [n, H] of ``tokens`` int64 [n] (or ``embeds`` [n, H]) at ``positions`` [n].
+
+        ``taps``: states to put into ``tapped``: 0 = the embeddings, l = the output of layer l (1-based), before the
+        final norm.
+        """
+        if (tokens is None) == (embeds is None):
+            raise PromptError("hidden() takes tokens or embeds, exactly one of them")
+        x = self.embed(tokens) if embeds is None else embeds
+        if tapped is not None and 0 in taps:
+            tapped[0] = x
+        angles = self.rotary(positions, x.dtype)
+        for l, layer in enumerate(self.model.layers, 1):
+            x = layer(x, angles, ctx)
+            if tapped is not None and l in taps:
+                tapped[l] = x
+        return self.norm(x)
+
+    def forward(self, tokens: Tensor, positions: Tensor, ctx: AttentionContext) -> Tensor:
+        """Logits [n, V] of every row; ``hidden`` and ``logits`` apart are cheaper when few rows count."""
+        return self.head(self.hidden(tokens, positions, ctx))
