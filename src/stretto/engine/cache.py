@@ -94,14 +94,23 @@ class View:
         self._flat[self._n : n] = slots
         self._n = n
 
-    def attach(self, segment: Segment) -> None:
-        """Append a shared segment; only while the view owns nothing of its own."""
-        if self._shared_n != self._n:
-            raise AssertionError("attach after own rows")
+    def attach(self, segment: Segment, length: int | None = None) -> None:
+        """Append the first ``length`` rows of a shared segment; own rows before it become a segment."""
+        self.freeze(self._n)
+        length = len(segment.slots) if length is None else length
         segment.refs += 1
-        self._shared.append((segment, len(segment.slots)))
-        self.append(segment.slots)
+        self._shared.append((segment, length))
+        self.append(segment.slots[:length])
         self._shared_n = self._n
+
+    def join(self, child: View, start: int) -> None:
+        """Append the rows of ``child`` from ``start`` (where it was forked) on, shared: join mode "share"."""
+        child.freeze(len(child))
+        at = 0
+        for segment, n in child._shared:
+            if at >= start:
+                self.attach(segment, n)
+            at += n
 
     def truncate(self, length: int) -> None:
         """Forget every row from ``length`` on; shared slots stay with their segments."""

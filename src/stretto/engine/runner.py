@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import numpy as np
 import torch
 
 from stretto.engine.cache import SlotAllocator
-from stretto.errors import CapacityError
+from stretto.errors import CapacityError, UnsupportedError
 from stretto.models.batch import FlatBatch, ForwardResult, KVPool
 from stretto.models.context import forward_batch
-from stretto.models.native import NativeForward
 from stretto.models.transformer import Transformer
 
 __all__ = ["LatencyCurve", "Runner"]
@@ -44,13 +44,9 @@ class Runner:
     ):
         self.model, self.config = model, model.config
         c = model.config
-        reason = NativeForward.supported(c) if backend != "torch" else "not asked for"
-        if backend == "native" and reason:
-            raise CapacityError(f"backend='native' cannot serve this model here: {reason}")
         weight = model.model.embed_tokens.weight
-        self.native = NativeForward(model) if reason is None and weight.device.type == "cpu" else None
+        self.native, self.backend_reason = _native(model, backend)
         self.backend = "native" if self.native else "torch"
-        self.backend_reason = reason
         kv_dtype = torch.float32 if self.native else weight.dtype
         self.pool = KVPool(
             c.num_hidden_layers, slots, c.num_key_value_heads, c.head_dim,
@@ -98,6 +94,22 @@ class Runner:
         finally:
             self.alloc.release(slots)
         return LatencyCurve(rows, seconds)
+
+
+def _native(model: Transformer, backend: str) -> tuple[Any, str | None]:
+    """The native forward, or None and why not."""
+    if backend == "torch":
+        return None, "backend='torch' was asked for"
+    from stretto.models.native import NativeForward
+
+    reason = NativeForward.supported(model.config)
+    if model.model.embed_tokens.weight.device.type != "cpu":
+        reason = "the model is not on a CPU"
+    if reason is None:
+        return NativeForward(model), None
+    if backend == "native":
+        raise UnsupportedError(f"backend='native' cannot serve this model here: {reason}")
+    return None, reason
 
 
 def _chain(context: np.ndarray, slots: np.ndarray, n: int) -> FlatBatch:

@@ -1,0 +1,199 @@
+"""Parts of the engine that need no model: slots and views, the prefix cache, stops, parameters, noise, the law."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stretto.engine.cache import PrefixCache, SlotAllocator, View
+from stretto.engine.params import SamplingParams
+from stretto.engine.sampling import Sampler, noise, truncate
+from stretto.engine.text import StopChecker
+from stretto.errors import CapacityError, OptionError, UnknownNameError
+
+
+def test_allocator_is_exact():
+    alloc = SlotAllocator(8)
+    a = alloc.alloc(5)
+    assert a.tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(CapacityError, match="4 cache slots wanted, 3 of 8 are free"):
+        alloc.alloc(4)
+    alloc.release(a)
+    assert alloc.free == 8
+
+
+class Model:
+    """The obvious reference of a view: a Python list of labels, one per slot owner."""
+
+    def __init__(self):
+        self.rows = []
+
+
+OPS = st.lists(
+    st.tuples(
+        st.sampled_from(["append", "fork", "truncate", "replace", "release"]),
+        st.integers(0, 7),
+        st.integers(0, 40),
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(OPS)
+def test_views_follow_the_obvious_reference(ops):
+    alloc = SlotAllocator(4096)
+    label = np.full(4096, -1)
+    views, refs, counter = [View(alloc)], [[]], 0
+    for op, which, size in ops:
+        i = which % len(views)
+        view, ref = views[i], refs[i]
+        if op == "append":
+            slots = alloc.alloc(size)
+            new = list(range(counter, counter + size))
+            label[slots], counter = new, counter + size
+            view.append(slots)
+            ref += new
+        elif op == "fork" and len(views) < 8:
+            views.append(view.fork())
+            refs.append(list(ref))
+        elif op == "truncate":
+            n = size % (len(ref) + 1)
+            view.truncate(n)
+            del ref[n:]
+        elif op == "replace" and len(view) > view.shared:
+            start = view.shared + size % (len(view) - view.shared)
+            slots = alloc.alloc(1)
+            label[slots], counter = counter, counter + 1
+            view.replace(start, slots)
+            ref[start] = counter - 1
+        elif op == "release":
+            view.release()
+            ref.clear()
+        for v, r in zip(views, refs, strict=True):
+            assert label[v.slots].tolist() == r
+    for v in views:
+        v.release()
+    assert alloc.used == 0
+
+
+def test_prefix_cache_shares_full_blocks_and_evicts_from_the_end():
+    alloc = SlotAllocator(128)
+    cache = PrefixCache(alloc)
+    tokens = list(range(50))
+    first = View(alloc)
+    first.append(alloc.alloc(50))
+    cache.insert(first, tokens, "", 50)
+    kept = first.slots[:48].copy()
+    first.release()
+    assert alloc.used == 48
+    second = View(alloc)
+    assert cache.attach(second, tokens, "", 49) == 48
+    assert (second.slots == kept).all()
+    assert cache.evict(10) == 0, "blocks in use are never evicted"
+    other = View(alloc)
+    assert cache.attach(other, tokens, "another tenant", 49) == 0
+    second.release()
+    assert cache.evict(1) == 16
+    third = View(alloc)
+    assert cache.attach(third, tokens, "", 49) == 32, "the deepest block went first"
+    third.release()
+    cache.evict(1000)
+    assert alloc.used == 0
+
+
+class Letters:
+    """Decoder in which token i is the i-th letter."""
+
+    def push(self, ids):
+        return "".join(chr(97 + i) for i in ids)
+
+    def flush(self):
+        return ""
+
+
+def test_stop_string_across_tokens_and_inside_a_commit():
+    checker = StopChecker(SamplingParams(stop=["cd", "zz"], max_tokens=20), [25], Letters())
+    assert checker.check([0, 1], 0).reason is None
+    assert checker.safe == 1, "one letter may be the start of a stop string"
+    cut = checker.check([2, 3, 4, 5], 2)
+    assert (cut.keep, cut.reason, cut.stop) == (2, "stop", "cd")
+    assert checker.finish() == "ab"
+
+
+def test_stop_token_and_length():
+    params = SamplingParams(max_tokens=4, min_tokens=2)
+    assert StopChecker(params, [9], None).check([9, 1, 9, 2], 0).keep == 3
+    assert StopChecker(params, [9], None).check([1, 2, 3, 4, 5], 0) == (
+        StopChecker(params, [9], None).check([1, 2, 3, 4], 0)
+    )
+    assert StopChecker(SamplingParams(max_tokens=4, ignore_eos=True), [9], None).check([9] * 9, 0).keep == 4
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("temperature", -1), ("temperature", float("nan")), ("top_p", 0), ("top_p", 1.5), ("max_tokens", 0),
+     ("max_tokens", 1.5), ("n", 0), ("top_k", -2), ("stop", [""]), ("logit_bias", {"x": 1}), ("seed", "a")],
+)
+def test_bad_parameters_name_the_field(field, value):
+    with pytest.raises(OptionError, match=field):
+        SamplingParams(**{field: value})
+
+
+def test_unknown_parameter_names_the_nearest():
+    with pytest.raises(UnknownNameError, match="temperature"):
+        SamplingParams.make(temprature=1)
+
+
+def test_noise_is_a_function_of_its_key():
+    assert (noise(5, 3, 0, 100) == noise(5, 3, 0, 100)).all()
+    draws = [noise(5, 3, 0, 4), noise(6, 3, 0, 4), noise(5, 4, 0, 4), noise(5, 3, 1, 4)]
+    assert len({tuple(d) for d in draws}) == 4
+    assert abs(noise(1, 1, 1, 100_000).mean() - 0.5) < 0.005
+
+
+def test_pick_follows_the_law():
+    logits = torch.tensor([1.0, 0.0, -1.0, 2.0])
+    params = SamplingParams(temperature=0.8, top_p=0.95, seed=3)
+    sampler = Sampler(params)
+    law = sampler.law(logits, 0)
+    draws = np.bincount([sampler.pick(logits, i) for i in range(20_000)], minlength=4)
+    expected = law.numpy() * 20_000
+    live = expected > 0
+    assert draws[~live].sum() == 0
+    chi2 = ((draws - expected)[live] ** 2 / expected[live]).sum()
+    assert chi2 < 16.3, "99.9 % quantile of chi-square with 3 degrees of freedom"
+
+
+@given(
+    st.lists(st.floats(0.001, 1), min_size=2, max_size=12),
+    st.integers(0, 13), st.floats(0.05, 1), st.floats(0, 1),
+)
+def test_truncation_equals_the_definition(weights, top_k, top_p, min_p):
+    p = torch.tensor(weights, dtype=torch.float64)
+    p = p / p.sum()
+    order = sorted(range(len(p)), key=lambda i: (-float(p[i]), i))
+    keep = order[:top_k] if 0 < top_k < len(p) else list(order)
+    if top_p < 1:
+        total, run, short = float(p[keep].sum()), 0.0, []
+        for i in keep:
+            if run >= top_p - 1e-12 and short:
+                break
+            short.append(i)
+            run += float(p[i]) / total
+        keep = short
+    keep = [i for i in keep if float(p[i]) >= min_p * float(p[order[0]]) or not min_p]
+    got = truncate(p, SamplingParams(top_k=top_k, top_p=top_p, min_p=min_p))
+    assert abs(float(got.sum()) - 1) < 1e-12
+    assert set(torch.nonzero(got).flatten().tolist()) == set(keep)
+
+
+def test_penalties_and_bias_by_hand():
+    params = SamplingParams(
+        temperature=0, presence_penalty=0.5, frequency_penalty=0.25, repetition_penalty=2.0, logit_bias={3: 10.0}
+    )
+    sampler = Sampler(params, prompt=[0])
+    sampler.advance([1, 1])
+    out = sampler.process(torch.tensor([1.0, -1.0, 4.0, 0.0]), 2, path=[2])
+    assert out.tolist() == [0.5, -2.0 - 0.5 - 0.5, 2.0 - 0.75, 10.0]
