@@ -56,6 +56,7 @@ class ModelConfig:
     ``windows[l]``: sliding window of layer l in tokens, None = unlimited; key j is visible to query i iff
     i - w < j. ``attention``: "causal", "full" (all rows see each other) or "block" (rows see all blocks of
     ``block_size`` up to their own). ``shift``: logits of position i - 1 predict position i also for masked rows.
+    ``stop_token_ids``: every id that ends a sequence (eos, and those of generation_config.json).
     ``source``: the ``config.json`` this came from, kept so that saving returns it.
     """
 
@@ -84,12 +85,15 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
     mask_token_id: int | None = None
+    stop_token_ids: tuple[int, ...] = field(default=(), compare=False)
     dtype: str | None = None
     source: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.windows:
             object.__setattr__(self, "windows", (None,) * self.num_hidden_layers)
+        if not self.stop_token_ids:
+            object.__setattr__(self, "stop_token_ids", self.eos_token_ids)
         _check(self)
 
     @property

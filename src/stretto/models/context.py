@@ -289,6 +289,7 @@ def _merge(pool: KVPool, batch: FlatBatch, items: list[tuple], distances: bool) 
     )
 
 
+@torch.no_grad()
 def forward_batch(model: Transformer, pool: KVPool, batch: FlatBatch) -> ForwardResult:
     """Run ``batch``: float32 logits of its ``logit_rows``, and the tapped states."""
     device = model.device

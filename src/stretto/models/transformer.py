@@ -7,7 +7,9 @@ llama/qwen family, q/k/v and gate/up separate, so that adapters and checkpoints 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -185,6 +187,12 @@ class Transformer(nn.Module):
             if tapped is not None and l in taps:
                 tapped[l] = x
         return self.norm(x)
+
+    def save(self, path: str | os.PathLike, **options: Any) -> None:
+        """Write a checkpoint that transformers reads; options of ``checkpoint.save``."""
+        from stretto.models.checkpoint import save
+
+        save(self, path, **options)
 
     def forward(self, tokens: Tensor, positions: Tensor, ctx: AttentionContext) -> Tensor:
         """Logits [n, V] of every row; ``hidden`` and ``logits`` apart are cheaper when few rows count."""
