@@ -1,0 +1,50 @@
+"""Tables: from comma-separated rows to a Markdown table, a row by its key, rows by a value."""
+
+from __future__ import annotations
+
+import random
+
+from stretto.zoo.pages.words import CITIES, COLOURS, FRUIT, TOOLS
+
+COLUMNS = ("price", "stock", "weight", "size")
+
+
+def _rows(rng: random.Random, n: int) -> tuple[list[str], list[list[str]]]:
+    keys = rng.sample(rng.choice((FRUIT, TOOLS, CITIES)), n)
+    number = rng.choice(COLUMNS)
+    rows = [[k, rng.choice(COLOURS), str(rng.randint(1, 99))] for k in keys]
+    return ["name", "color", number], rows
+
+
+def _csv(rows: list[list[str]]) -> str:
+    return "\n".join(",".join(r) for r in rows)
+
+
+def markdown(rng: random.Random) -> tuple[str, str]:
+    head, rows = _rows(rng, rng.randint(2, 3))
+    lines = [f"| {' | '.join(r)} |" for r in [head, *rows]]
+    lines.insert(1, "|---|---|---|")
+    return f"Make a Markdown table:\n{_csv([head, *rows])}", "\n".join(lines)
+
+
+def lookup(rng: random.Random) -> tuple[str, str]:
+    head, rows = _rows(rng, rng.randint(3, 5))
+    row = rng.choice(rows)
+    answer = f"{row[0]}: the color is {row[1]} and the {head[2]} is {row[2]}."
+    return f"{_csv([head, *rows])}\nWhat is known of {row[0]}?", answer
+
+
+def where(rng: random.Random) -> tuple[str, str]:
+    head, rows = _rows(rng, rng.randint(4, 5))
+    a, b = rng.sample(COLOURS, 2)
+    for row in rows:
+        row[1] = rng.choice((a, b))
+    rows[rng.randrange(len(rows))][1] = a
+    return f"{_csv([head, *rows])}\nCopy the {a} rows.", _csv([r for r in rows if r[1] == a])
+
+
+TASKS = {
+    "table_markdown": ("Comma-separated rows to Markdown.", markdown, None),
+    "table_lookup": ("Say what a row holds.", lookup, None),
+    "table_where": ("Copy the rows with a value.", where, None),
+}
