@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stretto.errors import CheckpointError, OptionError, WeightsError
+from stretto.errors import CheckpointError, OptionError, UnsupportedError, WeightsError
 from stretto.models.config import ModelConfig
 from stretto.models.names import Piece, ignorable, pieces
 from stretto.models.transformer import Transformer
@@ -106,6 +106,7 @@ def save(
     byte), or the model's own. ``max_shard_size`` in bytes.
     """
     path = Path(path)
+    _saveable(model)
     if path.is_file():
         raise CheckpointError(f"{path} is a file: give a directory to save to")
     if path.is_dir() and any(path.iterdir()) and not (path / CONFIG).exists():
@@ -226,6 +227,14 @@ def _assign(model: Transformer, name: str, value: Tensor) -> None:
 # ---------------------------------------------------------------------------------------------------- writing
 
 
+def _saveable(model: Transformer) -> None:
+    if model.packed:
+        raise UnsupportedError("a packed model cannot be saved: save before pack(), or load it again")
+    extra = [n for n, _ in model.named_parameters() if ".lora_" in n]
+    if extra:
+        raise UnsupportedError(f"the model carries an adapter ({extra[0]}): merge it or save the adapter")
+
+
 def _write_weights(
     model: Transformer, folder: Path, dtype: str | torch.dtype | None, max_shard: int
 ) -> torch.dtype:
@@ -265,7 +274,7 @@ def _flush(buffer: dict[str, Tensor], folder: Path, number: int) -> None:
 
 def _disk_tensors(model: Transformer, forced: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     """(disk name, tensor) of every parameter, in the source's dtype unless ``forced``."""
-    source = getattr(model, "source", None)
+    source = model.source
     dtypes = source.dtypes if source is not None else {}
     with ExitStack() as stack:
         store = None
@@ -290,14 +299,14 @@ def _exact(held: torch.dtype, wanted: torch.dtype) -> bool:
 def _write_config(model: Transformer, folder: Path, dtype: torch.dtype) -> None:
     data = model.config.to_hf()
     key = "torch_dtype" if "torch_dtype" in data and "dtype" not in data else "dtype"
-    if data.get(key) is None or not getattr(model, "source", None):
+    if data.get(key) is None or not model.source:
         data[key] = str(dtype).removeprefix("torch.")
     _dump(folder / CONFIG, data)
 
 
 def _copy_extras(model: Transformer, old: Path, folder: Path) -> None:
     """Tokenizer and generation files of the source, and whatever else lay in the directory that is replaced."""
-    source = getattr(model, "source", None)
+    source = model.source
     if source is not None and source.path.is_dir():
         for name in (*TOKENIZER_FILES, GENERATION):
             if (source.path / name).is_file():

@@ -16,7 +16,14 @@ from stretto.models.families import FAMILIES, Family, family_of
 __all__ = ["ModelConfig", "MoEConfig", "RopeConfig"]
 
 ATTENTION_KINDS = ("causal", "full", "block")
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+ROPE_NEEDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor"),
+}
 
 
 @dataclass(frozen=True)
@@ -135,10 +142,13 @@ def _check(c: ModelConfig) -> None:
         raise ArchitectureError(f"block_size={c.block_size}: must be at least 1")
     if len(c.windows) != c.num_hidden_layers:
         raise ArchitectureError(f"{len(c.windows)} window sizes for {c.num_hidden_layers} layers")
-    if c.rope.type not in ROPE_TYPES:
+    if c.rope.type not in ROPE_NEEDS:
         raise ArchitectureError(
-            f"rope type {c.rope.type!r} is not supported: allowed are {', '.join(ROPE_TYPES)}"
+            f"rope type {c.rope.type!r} is not supported: allowed are {', '.join(ROPE_NEEDS)}"
         )
+    lacking = [k for k in ROPE_NEEDS[c.rope.type] if c.rope.params.get(k) is None]
+    if lacking:
+        raise ArchitectureError(f"rope type {c.rope.type!r} needs {', '.join(lacking)}")
     for what, token in (("bos", c.bos_token_id), ("pad", c.pad_token_id), ("mask", c.mask_token_id)):
         if token is not None and token >= c.vocab_size:
             raise ArchitectureError(f"{what}_token_id={token} is outside the vocabulary of {c.vocab_size}")

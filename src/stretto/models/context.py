@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stretto.errors import OptionError, PromptError
+from stretto.errors import OptionError, PromptError, UnsupportedError
 from stretto.models.batch import FlatBatch, ForwardResult, KVPool
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ class PoolContext:
 
     @property
     def _alone(self) -> bool:
-        return len(self._groups) == 1 and isinstance(self._groups[0].rows, slice)
+        return len(self._groups) == 1 and isinstance(self._groups[0].rows, slice)  # then it is all rows
 
     def _attend(self, i: int, group: _Group, layer: int, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         g, r, m = group.shape
@@ -280,7 +280,7 @@ def _merge(pool: KVPool, batch: FlatBatch, items: list[tuple], distances: bool) 
         at = batch.positions[rows].reshape(g, r, 1) - pool.positions[keys][:, None, :]
         distance = torch.from_numpy(at.astype(np.int32)).to(device)
     return _Group(
-        rows=_run(rows, device) if len(rows) < batch.n or rows[0] else _run(rows, device),
+        rows=_run(rows, device),
         shape=(g, r, m),
         keys=_run(keys.ravel(), device),
         visible=None if visible is None else torch.from_numpy(visible).to(device),
@@ -293,6 +293,12 @@ def _merge(pool: KVPool, batch: FlatBatch, items: list[tuple], distances: bool) 
 def forward_batch(model: Transformer, pool: KVPool, batch: FlatBatch) -> ForwardResult:
     """Run ``batch``: float32 logits of its ``logit_rows``, and the tapped states."""
     device = model.device
+    limit = model.rotary.cacheable
+    if limit is not None and len(batch.positions) and batch.positions.max() >= limit:
+        raise UnsupportedError(
+            f"position {batch.positions.max()} with rope type {model.config.rope.type!r}: its angles change from "
+            f"position {limit} on, so cached keys would be wrong"
+        )
     tokens = torch.from_numpy(batch.tokens).to(device)
     positions = torch.from_numpy(np.asarray(batch.positions, np.int64)).to(device)
     embeds = None

@@ -88,12 +88,12 @@ FAMILIES: dict[str, Family] = {
         _QWEN2, architecture="Fast_dLLM_QwenForCausalLM", attention="block", block_size=32, shift=True,
     ),
     "llada_moe": Family(
-        "LLaDAMoEModelLM", qk_norm=True, attention="full", moe="qwen", names="experts",
+        "LLaDAMoEModelLM", qkv_bias="attention_bias", o_bias="attention_bias", qk_norm="qk_layernorm", attention="full", moe="qwen", names="experts",
         keys={
             **_EXPERTS, "moe_intermediate_size": ("expert_intermediate_size", "moe_intermediate_size"),
             "intermediate_size": ("dense_intermediate_size", "intermediate_size"),
         },
-        rope_style="old",
+        rope_style="old", model_type="llada",
     ),
 }
 
@@ -101,7 +101,7 @@ FAMILIES: dict[str, Family] = {
 def family_of(data: Mapping[str, Any]) -> tuple[str, Family]:
     """The name and row of the family of a config.json; ArchitectureError lists the supported ones."""
     kind = data.get("model_type")
-    if kind == "llada" and "num_experts" in data:
+    if kind in ("llada", "lladamoe") and "num_experts" in data:
         kind = "llada_moe"
     if kind not in FAMILIES:
         raise ArchitectureError(

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["InferenceLinear", "can_pack"]
+__all__ = ["InferenceLinear", "can_pack", "inference_linear"]
 
 ROWS_HINT = 16  # the number of rows for which the layout is chosen
 
@@ -31,7 +31,7 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 
 def _pack(weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight.to_mkldnn(), ROWS_HINT)
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS_HINT)
 
 
 def _packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
@@ -39,17 +39,16 @@ def _packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class InferenceLinear(nn.Module):
-    """One or several linears with the same input as one product; no gradients.
+    """One or several linears of the same input as one product, without gradients.
 
-    ``parts`` names the outputs' sizes, so that the plain weights can be given back.
+    ``weights``: [O, I] each; ``biases``: [O] each, or None. Where the kernel is missing it is a plain ``F.linear``.
     """
 
-    def __init__(self, linears: Sequence[nn.Linear]):
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None] = (None,)):
         super().__init__()
-        weight = torch.cat([m.weight.detach() for m in linears])
-        biases = [m.bias for m in linears]
+        weight = torch.cat([w.detach() for w in weights]) if len(weights) > 1 else weights[0].detach()
         self.bias = None if biases[0] is None else torch.cat([b.detach() for b in biases])
-        self.sizes = [m.out_features for m in linears]
+        self.sizes = [len(w) for w in weights]
         self.packed = weight.device.type == "cpu" and can_pack(weight.dtype)
         self.weight = _pack(weight) if self.packed else weight
 
@@ -63,3 +62,8 @@ class InferenceLinear(nn.Module):
         """The weights as they were given, [O, I] each."""
         weight = self.weight.to_dense() if self.packed else self.weight
         return list(weight.split(self.sizes))
+
+
+def inference_linear(*linears: nn.Linear) -> InferenceLinear:
+    """The linears, all of one input, as one InferenceLinear; their outputs stand side by side."""
+    return InferenceLinear([m.weight for m in linears], [m.bias for m in linears])

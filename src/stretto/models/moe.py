@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stretto.models.config import ModelConfig
+from stretto.models.linear import InferenceLinear
 
 __all__ = ["Experts", "SparseMLP", "route"]
 
@@ -31,6 +32,14 @@ class Experts(nn.Module):
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * intermediate, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, intermediate))
+        self.experts = experts
+        self.packed: list[tuple[InferenceLinear, InferenceLinear]] | None = None
+
+    def pack(self) -> None:
+        """Reorder the weights for inference; the plain ones go."""
+        pairs = zip(self.gate_up_proj, self.down_proj, strict=True)
+        self.packed = [(InferenceLinear([a]), InferenceLinear([b])) for a, b in pairs]
+        del self.gate_up_proj, self.down_proj
 
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """x [n, H], weights and chosen [n, K] -> the weighted sum of the experts' outputs [n, H]."""
@@ -38,7 +47,7 @@ class Experts(nn.Module):
         order = flat.argsort(stable=True)
         rows = order // chosen.shape[1]
         scale = weights.reshape(-1)[order, None]
-        counts = torch.bincount(flat, minlength=len(self.down_proj)).tolist()
+        counts = torch.bincount(flat, minlength=self.experts).tolist()
         out = torch.zeros_like(x)
         start = 0
         for expert, count in enumerate(counts):
@@ -51,6 +60,10 @@ class Experts(nn.Module):
         return out
 
     def _expert(self, expert: int, x: Tensor) -> Tensor:
+        if self.packed is not None:
+            gate_up, down = self.packed[expert]
+            gate, up = gate_up(x).chunk(2, -1)
+            return down(F.silu(gate) * up)
         gate, up = F.linear(x, self.gate_up_proj[expert]).chunk(2, -1)
         return F.linear(F.silu(gate) * up, self.down_proj[expert])
 

@@ -23,7 +23,15 @@ class Rotary:
         self.rope, self.head_dim, self.max_positions = rope, head_dim, max_positions
         self._cached: tuple[int, torch.device, Tensor] | None = None
         self.scale = _attention_factor(rope, max_positions)
-        _inverse_frequencies(rope, head_dim, max_positions, max_positions)  # refuse missing keys early
+
+    @property
+    def cacheable(self) -> int | None:
+        """The positions below which rotated keys stay valid as a text grows; None = all."""
+        if self.rope.type == "dynamic":
+            return self.max_positions
+        if self.rope.type == "longrope":
+            return self.rope.params.get("original_max_position_embeddings") or self.max_positions
+        return None
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """positions int [n] -> cos, sin [n, 1, D] of ``dtype`` (float32 where the family rotates so)."""
@@ -33,8 +41,8 @@ class Rotary:
         return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
 
     def _frequencies(self, positions: Tensor) -> Tensor:
-        length = self.max_positions
-        if self.rope.type in ("dynamic", "longrope") and len(positions):
+        length = self.cacheable or 1
+        if self.cacheable is not None and len(positions):
             length = max(length, int(positions.max()) + 1)
         key = (length, positions.device)
         if self._cached is None or self._cached[:2] != key:

@@ -1,0 +1,212 @@
+"""Text to tokens and back: tokenizer.json, its special ids, chat templates, and text that is complete bit by bit.
+
+The ``tokenizers`` library does the work; jinja2 renders templates, sandboxed, as transformers does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+
+from stretto.errors import (
+    CheckpointError, MissingExtraError, PromptError, UnknownNameError, UnsupportedError, WeightsError,
+)
+
+__all__ = ["Detokenizer", "Tokenizer"]
+
+BROKEN = "\N{REPLACEMENT CHARACTER}"
+LONGEST_CHARACTER = 4  # bytes of UTF-8
+
+
+class Tokenizer:
+    """The tokenizer of the checkpoint in directory ``path``.
+
+    ``rows``: embedding rows of the model; more ids than rows is an error, rows beyond the ids are ``surplus``.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, rows: int | None = None):
+        self.path = Path(path)
+        file = self.path / "tokenizer.json"
+        if not file.is_file():
+            raise CheckpointError(f"{self.path} has no tokenizer.json: older formats must be converted first")
+        try:
+            self.backend = Backend.from_file(str(file))
+        except Exception as e:  # the library raises plain Exception
+            raise CheckpointError(f"{file} cannot be read as a tokenizer: {e}") from e
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        self.config = self._json("tokenizer_config.json") | self._extra_config()
+        self._vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = 1 + max(self._vocabulary.values(), default=-1)
+        if rows is not None and self.vocab_size > rows:
+            raise WeightsError(
+                f"the tokenizer of {self.path} has ids up to {self.vocab_size - 1}, but the model has only {rows} "
+                "embedding rows"
+            )
+        self.surplus = range(self.vocab_size, rows if rows is not None else self.vocab_size)
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    def _json(self, name: str) -> dict[str, Any]:
+        file = self.path / name
+        if not file.is_file():
+            return {}
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as e:
+            raise CheckpointError(f"{file} cannot be read as JSON: {e}") from e
+        return data if isinstance(data, dict) else {}
+
+    def _extra_config(self) -> dict[str, Any]:
+        """Special tokens of special_tokens_map.json, where tokenizer_config.json has none."""
+        known = self._json("tokenizer_config.json")
+        return {k: v for k, v in self._json("special_tokens_map.json").items() if k not in known}
+
+    # -- ids ------------------------------------------------------------------------------------------------
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids; ``special`` adds what the tokenizer puts around a text (BOS, mostly)."""
+        return self.backend.encode(text, add_special_tokens=special).ids
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """Text of ``ids``; ids without a token give nothing."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def detokenizer(self, *, skip_special: bool = True) -> Detokenizer:
+        return Detokenizer(self, skip_special=skip_special)
+
+    def token_id(self, token: str) -> int | None:
+        return self._vocabulary.get(token)
+
+    def token(self, token_id: int) -> str | None:
+        """The token's name in the vocabulary (not its text)."""
+        return self.backend.id_to_token(int(token_id))
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that ``skip_special`` leaves out."""
+        added = self.backend.get_added_tokens_decoder()
+        return frozenset(i for i, token in added.items() if token.special)
+
+    def special_token(self, kind: str) -> str | None:
+        """The text of the "bos", "eos", "pad", "unk" or "mask" token."""
+        value = self.config.get(f"{kind}_token")
+        return value.get("content") if isinstance(value, Mapping) else value
+
+    def special_id(self, kind: str) -> int | None:
+        token = self.special_token(kind)
+        return None if token is None else self.token_id(token)
+
+    # -- chat -----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def templates(self) -> dict[str, str]:
+        """Chat templates by name; "default" is the usual one."""
+        found = self.config.get("chat_template")
+        if isinstance(found, list):
+            out = {t["name"]: t["template"] for t in found}
+        else:
+            out = {"default": found} if found else {}
+        for file in sorted((self.path / "additional_chat_templates").glob("*.jinja")):
+            out[file.stem] = file.read_text(encoding="utf-8")
+        if (self.path / "chat_template.jinja").is_file():
+            out["default"] = (self.path / "chat_template.jinja").read_text(encoding="utf-8")
+        return out
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True, template: str = "default", **variables: Any,
+    ) -> str:
+        """The prompt text of a conversation. ``template``: a name in ``templates``; ``variables`` go to it."""
+        if not self.templates:
+            raise UnsupportedError(f"{self.path} has no chat template: give a prompt text instead of messages")
+        if template == "default" and tools and "tool_use" in self.templates:
+            template = "tool_use"
+        if template not in self.templates:
+            raise UnknownNameError("chat template", template, self.templates)
+        tokens = {f"{k}_token": self.special_token(k) or "" for k in ("bos", "eos", "pad", "unk")}
+        return _render(
+            self.templates[template], messages=list(messages), tools=list(tools) if tools else None,
+            add_generation_prompt=add_generation_prompt, **(tokens | variables),
+        )
+
+    def chat_ids(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        """Ids of ``chat(...)``; templates hold BOS themselves, so none is added."""
+        return self.encode(self.chat(messages, **options), special=False)
+
+
+class Detokenizer:
+    """Tokens to text bit by bit; a character is given out only when all its bytes are there."""
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True):
+        self._tokenizer, self._skip = tokenizer, skip_special
+        self._ids: list[int] = []  # a window: tokens already given out as context, then the open ones
+        self._open = 0  # where the open ones start
+        self._sent = 0  # characters of the window's text that were given out
+
+    def push(self, ids: Sequence[int]) -> str:
+        """Add ``ids``; the text that is now certain."""
+        out = ""
+        for token in ids:
+            self._ids.append(int(token))
+            out += self._step()
+        return out
+
+    def flush(self) -> str:
+        """What is left, with incomplete characters as U+FFFD; the detokenizer is then empty."""
+        out = self._text(self._ids)[self._sent :]
+        self._ids, self._open, self._sent = [], 0, 0
+        return out
+
+    def _text(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special=self._skip)
+
+    def _step(self) -> str:
+        text = self._text(self._ids)
+        if not text.endswith(BROKEN):
+            out = text[self._sent :]
+            if out:  # else the tokens so far have no text: they stay, the next one may need them
+                self._ids = self._ids[self._open :]
+                self._open, self._sent = len(self._ids), len(self._text(self._ids))
+            return out
+        if len(self._ids) - self._open <= LONGEST_CHARACTER:
+            return ""
+        # More open tokens than one character has bytes: the front ones are broken for good.
+        sure = max(self._sent, len(text.rstrip(BROKEN)), len(text) - LONGEST_CHARACTER + 1)
+        out, self._sent = text[self._sent : sure], sure
+        return out
+
+
+def _render(template: str, **variables: Any) -> str:
+    try:
+        import jinja2
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError as e:
+        raise MissingExtraError("jinja2", "chat") from e
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    try:
+        return environment.from_string(template).render(**variables)
+    except jinja2.TemplateSyntaxError as e:
+        raise CheckpointError(f"the chat template has an error in line {e.lineno}: {e.message}") from e
+    except Exception as e:  # anything that a template of another party may do
+        raise PromptError(f"the chat template refuses these messages: {e}") from e
