@@ -227,7 +227,11 @@ class Engine:
         metrics.tokens += len(tokens)
         steps = commit.step_map
         seq.step_map += list(steps)[: len(tokens)] if steps is not None else [metrics.forwards - 1] * len(tokens)
-        if seq.logprobs is None or commit.logprob_rows is None:
+        if seq.logprobs is None:
+            return
+        if commit.logprobs is not None:
+            seq.logprobs += commit.logprobs[: len(tokens)]
+        if commit.logprob_rows is None:
             return
         for token, row in zip(tokens, commit.logprob_rows, strict=False):
             law = torch.log_softmax(result.logits[plan.logit + row].double(), -1)

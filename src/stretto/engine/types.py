@@ -92,6 +92,7 @@ class Commit:
     ``finished``: the method itself ends the sequence ("stop"); the engine finds stop tokens, stop strings and
     max_tokens inside ``tokens`` by itself and cuts there.
     ``logprob_rows``: for each token the row (in the order of Step.logits) whose law decided it; None = no logprobs.
+    ``logprobs``: instead of that, {id: log-probability} for each token, where an earlier forward decided some.
     ``step_map``: for each token, the 0-based forward of this sequence that decided it; None = this one.
     """
 
@@ -103,6 +104,7 @@ class Commit:
     drafted: int = 0
     accepted: int = 0
     logprob_rows: Seq[int] | None = None
+    logprobs: Seq[dict[int, float]] | None = None
     step_map: Seq[int] | None = None
 
 
