@@ -11,13 +11,16 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer as Backend
 
 from stretto.errors import (
     CheckpointError, MissingExtraError, PromptError, UnknownNameError, UnsupportedError, WeightsError,
 )
+
+if TYPE_CHECKING:
+    from stretto.models.config import ModelConfig
 
 __all__ = ["Detokenizer", "Tokenizer"]
 
@@ -26,34 +29,41 @@ LONGEST_CHARACTER = 4  # bytes of UTF-8
 
 
 class Tokenizer:
-    """The tokenizer of the checkpoint in directory ``path``.
+    """The tokenizer of the checkpoint in directory ``path``; ``inner`` is the library's object.
 
-    ``rows``: embedding rows of the model; more ids than rows is an error, rows beyond the ids are ``surplus``.
+    ``len()`` is one more than the largest id. A model may have more rows than that (``surplus``), never fewer
+    (``check_fits``).
     """
 
-    def __init__(self, path: str | os.PathLike, *, rows: int | None = None):
+    def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         file = self.path / "tokenizer.json"
         if not file.is_file():
             raise CheckpointError(f"{self.path} has no tokenizer.json: older formats must be converted first")
         try:
-            self.backend = Backend.from_file(str(file))
+            self.inner = Backend.from_file(str(file))
         except Exception as e:  # the library raises plain Exception
             raise CheckpointError(f"{file} cannot be read as a tokenizer: {e}") from e
-        self.backend.no_padding()
-        self.backend.no_truncation()
+        self.inner.no_padding()
+        self.inner.no_truncation()
         self.config = self._json("tokenizer_config.json") | self._extra_config()
-        self._vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        self._vocabulary = self.inner.get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(self._vocabulary.values(), default=-1)
-        if rows is not None and self.vocab_size > rows:
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    def check_fits(self, rows: int) -> None:
+        """WeightsError when there are more ids than ``rows``, the embedding rows of the model."""
+        if self.vocab_size > rows:
             raise WeightsError(
                 f"the tokenizer of {self.path} has ids up to {self.vocab_size - 1}, but the model has only {rows} "
                 "embedding rows"
             )
-        self.surplus = range(self.vocab_size, rows if rows is not None else self.vocab_size)
 
-    def __len__(self) -> int:
-        return self.vocab_size
+    def surplus(self, rows: int) -> range:
+        """Ids below ``rows`` that no text can produce: never sample them."""
+        return range(self.vocab_size, max(rows, self.vocab_size))
 
     def _json(self, name: str) -> dict[str, Any]:
         file = self.path / name
@@ -72,28 +82,37 @@ class Tokenizer:
 
     # -- ids ------------------------------------------------------------------------------------------------
 
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids; ``special`` adds what the tokenizer puts around a text (BOS, mostly)."""
-        return self.backend.encode(text, add_special_tokens=special).ids
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids, with what the tokenizer puts around a text (BOS, mostly; not twice if the text has it)."""
+        ids = self.inner.encode(text, add_special_tokens=add_special_tokens).ids
+        bos = self.special_id("bos")
+        return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
-    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of ``ids``; ids without a token give nothing."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        return self.inner.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
-    def detokenizer(self, *, skip_special: bool = True) -> Detokenizer:
-        return Detokenizer(self, skip_special=skip_special)
+    def decoder(self, skip_special_tokens: bool = True) -> Detokenizer:
+        """A fresh incremental decoder."""
+        return Detokenizer(self, skip_special_tokens=skip_special_tokens)
+
+    def stop_ids(self, config: ModelConfig) -> tuple[int, ...]:
+        """Every id that ends a text: those of the model's files first, then the tokenizer's own EOS."""
+        own = self.special_id("eos")
+        more = () if own is None or own in config.stop_token_ids else (own,)
+        return (*config.stop_token_ids, *more)
 
     def token_id(self, token: str) -> int | None:
         return self._vocabulary.get(token)
 
     def token(self, token_id: int) -> str | None:
         """The token's name in the vocabulary (not its text)."""
-        return self.backend.id_to_token(int(token_id))
+        return self.inner.id_to_token(int(token_id))
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """Ids that ``skip_special`` leaves out."""
-        added = self.backend.get_added_tokens_decoder()
+        """Ids that ``skip_special_tokens`` leaves out."""
+        added = self.inner.get_added_tokens_decoder()
         return frozenset(i for i, token in added.items() if token.special)
 
     def special_token(self, kind: str) -> str | None:
@@ -140,14 +159,14 @@ class Tokenizer:
 
     def chat_ids(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         """Ids of ``chat(...)``; templates hold BOS themselves, so none is added."""
-        return self.encode(self.chat(messages, **options), special=False)
+        return self.encode(self.chat(messages, **options), add_special_tokens=False)
 
 
 class Detokenizer:
     """Tokens to text bit by bit; a character is given out only when all its bytes are there."""
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True):
-        self._tokenizer, self._skip = tokenizer, skip_special
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True):
+        self._tokenizer, self._skip = tokenizer, skip_special_tokens
         self._ids: list[int] = []  # a window: tokens already given out as context, then the open ones
         self._open = 0  # where the open ones start
         self._sent = 0  # characters of the window's text that were given out
@@ -167,7 +186,7 @@ class Detokenizer:
         return out
 
     def _text(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special=self._skip)
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
 
     def _step(self) -> str:
         text = self._text(self._ids)
