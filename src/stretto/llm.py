@@ -177,7 +177,7 @@ class LLM:
 
     def chat_prompt(self, messages: Seq[Mapping[str, Any]], **kwargs: Any) -> str:
         """The chat template's text for ``messages``, ready for an answer."""
-        return self.tokenizer.chat(list(messages), add_generation_prompt=True, **kwargs)
+        return self.tokenizer.chat(messages, **kwargs)
 
     def _items(self, prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
         if isinstance(prompts, str):
@@ -219,7 +219,7 @@ class LLM:
         """Another model for a method (a draft); its tokenizer must agree with this one's."""
         path = resolve(name)
         other = Tokenizer(path)
-        if not self.tokenizer.same_ids(other):
+        if other.inner.get_vocab() != self.tokenizer.inner.get_vocab():
             raise InputError(
                 f"the vocabulary of {name} ({len(other)} ids) is not that of {self.model_name} "
                 f"({len(self.tokenizer)} ids): a draft must share the tokenizer of its target"
