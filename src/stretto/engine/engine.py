@@ -209,6 +209,9 @@ class Engine:
         if commit.truncate is not None:
             view.truncate(commit.truncate)
         rows = list(commit.keep)
+        if commit.replace is None and len(rows) == len(slots) and rows == sorted(rows):
+            view.append(slots)
+            return
         kept = set(rows)
         if commit.replace is not None:
             start, inside = commit.replace

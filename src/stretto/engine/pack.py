@@ -26,20 +26,32 @@ class Plan:
 
     seq: Sequence
     lead: int  # tokens to cache first
-    step: Step | None  # None: only the lead rows (a chunk of the prompt)
-    slots: np.ndarray | None = None  # int32 [lead + len(step)]
+    step: Step | None = None  # None: only the lead rows (a chunk of the prompt)
+    rows: int = 0  # lead rows and the step's
+    logits: int = 0  # rows of the step whose logits are wanted
+    slots: np.ndarray | None = None  # int32 [rows]
     row: int = 0  # first row in the batch; pack writes it
     logit: int = 0  # first row among the logits; pack writes it
 
-    @property
-    def rows(self) -> int:
-        return self.lead + (len(self.step) if self.step else 0)
+    def __post_init__(self) -> None:
+        self.put(self.step)
+
+    def put(self, step: Step | None, lead: int | None = None) -> None:
+        """Set the step (and the lead), and with it the counts."""
+        self.step = step
+        self.lead = self.lead if lead is None else lead
+        n = 0 if step is None else len(step.tokens)
+        self.rows = self.lead + n
+        self.logits = n if step is None or step.logits is None else len(step.logits)
 
     @property
-    def logits(self) -> int:
-        if self.step is None:
-            return 0
-        return len(self.step) if self.step.logits is None else len(self.step.logits)
+    def single(self) -> bool:
+        """One row behind the view, and nothing else."""
+        step = self.step
+        return (
+            self.rows == 1 and step is not None and self.lead == 0 and step.context is None
+            and step.positions is None and step.embeds is None and not step.taps and self.logits == 1
+        )
 
 
 @lru_cache(maxsize=512)
@@ -110,6 +122,8 @@ def _context(plan: Plan) -> np.ndarray:
 
 def pack(plans: list[Plan], *, block: int = 1) -> FlatBatch:
     """One FlatBatch for all plans; writes ``row`` and ``logit`` of each. ``block``: attention of the lead rows."""
+    if all(p.single for p in plans):
+        return _singles(plans)
     tokens: list[int] = []
     positions: list[np.ndarray] = []
     contexts, local, counts, logit_rows, embeds, embed_rows = [], [], [], [], [], []
@@ -155,6 +169,29 @@ def pack(plans: list[Plan], *, block: int = 1) -> FlatBatch:
         taps=tuple(sorted(taps)),
         embeds=torch.cat(embeds) if embeds else None,
         embed_rows=np.array(embed_rows, np.int32) if embeds else None,
+    )
+
+
+def _singles(plans: list[Plan]) -> FlatBatch:
+    """``pack`` when every sequence brings one row: plain decoding."""
+    n = len(plans)
+    views = [p.seq.view.slots for p in plans]
+    lengths = np.fromiter(map(len, views), np.int32, n)
+    rows = np.arange(n + 1, dtype=np.int32)
+    for i, plan in enumerate(plans):
+        plan.row = plan.logit = i
+    ptr = np.zeros(n + 1, np.int32)
+    lengths.cumsum(out=ptr[1:])
+    return FlatBatch(
+        tokens=np.fromiter((p.step.tokens[0] for p in plans), np.int64, n),
+        positions=lengths,
+        slots=plans[0].slots if n == 1 else np.concatenate([p.slots for p in plans]),
+        context_of=rows[:-1],
+        context=views[0] if n == 1 else np.concatenate(views),
+        context_ptr=ptr,
+        local=rows[:-1],
+        local_ptr=rows,
+        logit_rows=rows[:-1],
     )
 
 

@@ -104,7 +104,7 @@ class Scheduler:
         for entry in self.running:
             seq = entry.seq
             lead = max(0, seq.method.prefill(seq) - len(seq.view))
-            plan = Plan(seq, lead, None)
+            plan = Plan(seq, lead)
             plans.append(plan)
             if lead == 0 or (lead < left and not entry.forks):
                 seq.computed = len(seq.view) + lead
@@ -116,7 +116,7 @@ class Scheduler:
             by_method[plan.seq.method].append(plan)
         for method, group in by_method.items():
             for plan, step in zip(group, method.propose([p.seq for p in group]), strict=True):
-                plan.step = step
+                plan.put(step)
         return plans
 
     def _prompts(self, plans: list[Plan]) -> list[Plan]:
@@ -127,8 +127,7 @@ class Scheduler:
                 left -= plan.rows
                 out.append(plan)
             elif plan.lead and left > 0:
-                plan.step = None
-                plan.lead = self._chunk(plan, left)
+                plan.put(None, self._chunk(plan, left))
                 left -= plan.lead
                 if plan.lead:
                     out.append(plan)
