@@ -107,6 +107,7 @@ def save(
     """
     path = Path(path)
     _saveable(model)
+    forced = None if dtype is None else _dtype(dtype, "cpu")
     if path.is_file():
         raise CheckpointError(f"{path} is a file: give a directory to save to")
     if path.is_dir() and any(path.iterdir()) and not (path / CONFIG).exists():
@@ -115,8 +116,8 @@ def save(
     temp = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         temp.chmod(0o755)
-        written = _write_weights(model, temp, dtype, max_shard_size)
-        _write_config(model, temp, written)
+        written = _write_weights(model, temp, forced, max_shard_size)
+        _write_config(model, temp, written, keep=forced is None and model.source is not None)
         _copy_extras(model, path, temp)
         _swap(temp, path)
     except BaseException:
@@ -236,10 +237,9 @@ def _saveable(model: Transformer) -> None:
 
 
 def _write_weights(
-    model: Transformer, folder: Path, dtype: str | torch.dtype | None, max_shard: int
+    model: Transformer, folder: Path, forced: torch.dtype | None, max_shard: int
 ) -> torch.dtype:
     """Write the shards; the dtype of the first tensor, for config.json."""
-    forced = None if dtype is None else _dtype(dtype, "cpu")
     shards: list[list[str]] = [[]]
     sizes = [0]
     buffer: dict[str, Tensor] = {}
@@ -296,10 +296,11 @@ def _exact(held: torch.dtype, wanted: torch.dtype) -> bool:
     return torch.promote_types(held, wanted) == held
 
 
-def _write_config(model: Transformer, folder: Path, dtype: torch.dtype) -> None:
+def _write_config(model: Transformer, folder: Path, dtype: torch.dtype, *, keep: bool) -> None:
+    """``keep``: leave the dtype that the source file names."""
     data = model.config.to_hf()
     key = "torch_dtype" if "torch_dtype" in data and "dtype" not in data else "dtype"
-    if data.get(key) is None or not model.source:
+    if not keep:
         data[key] = str(dtype).removeprefix("torch.")
     _dump(folder / CONFIG, data)
 

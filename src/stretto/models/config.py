@@ -180,47 +180,57 @@ class _Reader:
             raise ArchitectureError(f"config.json of model_type {self.model_type!r} lacks {keys}")
         return value
 
+    def number(self, name: str, default: float | None = None, kind: type = int) -> Any:
+        """The value of canonical ``name`` as an int (or ``kind``); it must exist unless there is a default."""
+        value = self.get(name, default) if default is not None else self.need(name)
+        try:
+            return kind(value)
+        except (TypeError, ValueError) as e:
+            raise ArchitectureError(f"{name}={value!r} in config.json is not a number") from e
+
     def config(self) -> ModelConfig:
+        self._refuse()
+        family, extra = self.family, self.data.get("stretto") or {}
+        hidden, heads = self.number("hidden_size"), self.number("num_attention_heads")
+        layers = self.number("num_hidden_layers")
+        eos = self.data.get("eos_token_id")
+        return ModelConfig(
+            model_type=self.model_type,
+            vocab_size=self.number("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=self._intermediate(hidden),
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=self.number("num_key_value_heads", heads),
+            head_dim=self.number("head_dim", hidden // max(heads, 1)),
+            rms_norm_eps=self.number("rms_norm_eps", 1e-6, float),
+            max_position_embeddings=self.number("max_position_embeddings", 2048),
+            tie_word_embeddings=bool(self.get("tie_word_embeddings", False)),
+            rope=self._rope(),
+            qkv_bias=self._flag(family.qkv_bias),
+            o_bias=self._flag(family.o_bias),
+            mlp_bias=self._flag(family.mlp_bias),
+            qk_norm=self._flag(family.qk_norm),
+            windows=self._windows(layers),
+            moe=self._moe(layers),
+            attention=extra.get("attention", family.attention),
+            block_size=int(extra.get("block_size", self.data.get("block_size") or family.block_size)),
+            shift=bool(extra.get("shift", family.shift)),
+            bos_token_id=self.data.get("bos_token_id"),
+            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            pad_token_id=self.data.get("pad_token_id"),
+            mask_token_id=extra.get("mask_token_id", self.get("mask_token_id")),
+            dtype=self.data.get("dtype") or self.data.get("torch_dtype"),
+            source=dict(self.data),
+        )
+
+    def _refuse(self) -> None:
         act = self.get("hidden_act", "silu")
         if act not in ("silu", "swish"):
             raise ArchitectureError(f"hidden_act={act!r} is not supported: only silu")
         for key in self.family.must_be_false:
             if self.data.get(key):
                 raise ArchitectureError(f"{key}={self.data[key]!r} is not supported for {self.model_type}")
-        hidden, heads, layers = (
-            int(self.need(k)) for k in ("hidden_size", "num_attention_heads", "num_hidden_layers")
-        )
-        extra = self.data.get("stretto") or {}
-        eos = extra.get("eos_token_id", self.data.get("eos_token_id"))
-        return ModelConfig(
-            model_type=self.model_type,
-            vocab_size=int(self.need("vocab_size")),
-            hidden_size=hidden,
-            intermediate_size=int(self._intermediate(hidden)),
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=int(self.get("num_key_value_heads") or heads),
-            head_dim=int(self.get("head_dim") or hidden // heads),
-            rms_norm_eps=float(self.get("rms_norm_eps", 1e-6)),
-            max_position_embeddings=int(self.get("max_position_embeddings", 2048)),
-            tie_word_embeddings=bool(self.get("tie_word_embeddings", False)),
-            rope=self._rope(),
-            qkv_bias=self._flag(self.family.qkv_bias),
-            o_bias=self._flag(self.family.o_bias),
-            mlp_bias=self._flag(self.family.mlp_bias),
-            qk_norm=self._flag(self.family.qk_norm),
-            windows=self._windows(layers),
-            moe=self._moe(layers),
-            attention=extra.get("attention", self.family.attention),
-            block_size=int(extra.get("block_size", self.data.get("block_size") or self.family.block_size)),
-            shift=bool(extra.get("shift", self.family.shift)),
-            bos_token_id=self.data.get("bos_token_id"),
-            eos_token_ids=tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (eos,),
-            pad_token_id=self.data.get("pad_token_id"),
-            mask_token_id=extra.get("mask_token_id", self.get("mask_token_id")),
-            dtype=self.data.get("dtype") or self.data.get("torch_dtype"),
-            source=dict(self.data),
-        )
 
     def _flag(self, rule: bool | str) -> bool:
         """A family's flag is fixed, or the name of the key that holds it."""
@@ -230,7 +240,7 @@ class _Reader:
         value = self.get("intermediate_size")
         if value is None and self.data.get("mlp_ratio"):
             value = self.data["mlp_ratio"] * hidden
-        return value if value is not None else self.need("intermediate_size")
+        return int(value) if value is not None else self.number("intermediate_size")
 
     def _rope(self) -> RopeConfig:
         new = self.data.get("rope_parameters")
@@ -269,9 +279,9 @@ class _Reader:
             for i in range(layers)
         )
         return MoEConfig(
-            experts=int(self.need("num_experts")),
-            top_k=int(self.need("num_experts_per_tok")),
-            intermediate_size=int(self.need("moe_intermediate_size")),
+            experts=self.number("num_experts"),
+            top_k=self.number("num_experts_per_tok"),
+            intermediate_size=self.number("moe_intermediate_size"),
             renormalize=True if rule == "mixtral" else bool(self.get("norm_topk_prob", False)),
             cast=rule != "mixtral",
             sparse=sparse,
@@ -285,7 +295,7 @@ def _rope_hf(c: ModelConfig) -> dict[str, Any]:
 def _stretto_section(c: ModelConfig) -> dict[str, Any]:
     out: dict[str, Any] = {}
     family = c.family
-    if (c.attention, c.shift) != (family.attention, family.shift) or c.block_size != family.block_size:
+    if (c.attention, c.block_size, c.shift) != (family.attention, family.block_size, family.shift):
         out = {"attention": c.attention, "block_size": c.block_size, "shift": c.shift}
     if c.mask_token_id is not None and c.mask_token_id != family.defaults.get("mask_token_id"):
         out["mask_token_id"] = c.mask_token_id
@@ -364,7 +374,9 @@ def _patched(c: ModelConfig) -> dict[str, Any]:
     old_fresh = _fresh(was)
     for key in fresh.keys() | old_fresh.keys():
         if fresh.get(key) != old_fresh.get(key):
-            if key in fresh:
+            if key == "stretto":
+                out[key] = {**out.get(key, {}), **fresh.get(key, {})}
+            elif key in fresh:
                 out[key] = fresh[key]
             else:
                 out.pop(key, None)
