@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stretto.errors import PromptError
+from stretto.errors import PromptError, UnsupportedError
 from stretto.models.config import ModelConfig
 from stretto.models.context import AttentionContext
 from stretto.models.linear import InferenceLinear, inference_linear
@@ -214,10 +214,10 @@ class Transformer(nn.Module):
         if tapped is not None and 0 in taps:
             tapped[0] = x
         angles = self.rotary(positions, x.dtype)
-        for l, layer in enumerate(self.model.layers, 1):
+        for depth, layer in enumerate(self.model.layers, 1):
             x = layer(x, angles, ctx)
-            if tapped is not None and l in taps:
-                tapped[l] = x
+            if tapped is not None and depth in taps:
+                tapped[depth] = x
         return self.norm(x)
 
     @property
@@ -230,6 +230,8 @@ class Transformer(nn.Module):
         Only the reordered copy is kept (a tied embedding stays beside its reordered head). A packed model cannot be
         trained or saved.
         """
+        if any(".lora_" in name for name, _ in self.named_parameters()):
+            raise UnsupportedError("the model carries an adapter: merge_lora() it before pack()")
         if not self.packed:
             for layer in self.model.layers:
                 layer.self_attn.pack()
