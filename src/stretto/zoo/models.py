@@ -1,50 +1,70 @@
-"""The models that ship: name -> folder; and what "zoo:NAME", a directory or a hub id stands for. Free of torch."""
+"""The models that ship: name -> folder. Imports no torch."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from stretto.errors import CheckpointError, UnknownNameError
 
-__all__ = ["available", "resolve"]
+__all__ = ["MODELS", "TOKENIZER", "ZooModel", "available", "resolve", "training_record"]
 
-FOLDER = Path(__file__).parent
+_HERE = Path(__file__).parent
+TOKENIZER = _HERE / "tokenizer"
 PREFIX = "zoo:"
 
 
-def available() -> dict[str, Path]:
-    """Name -> folder of every model that is here."""
-    return {p.parent.name: p.parent for p in sorted(FOLDER.glob("*/config.json"))}
+@dataclass(frozen=True, slots=True)
+class ZooModel:
+    """``kind``: how it generates; ``draft``: the name of the model that drafts for it."""
+
+    name: str
+    kind: str
+    purpose: str
+    draft: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        return _HERE / self.name
+
+    @property
+    def recipe(self) -> str:
+        return f"zoo-{self.name}"
 
 
-def resolve(model: str | Path) -> Path:
-    """The directory of "zoo:NAME", of a path, or of a hub id ("owner/name", fetched by huggingface-hub).
+_ALL = (
+    ZooModel("tiny", "autoregressive", "the target of every lossless method", draft="tiny-draft"),
+    ZooModel("tiny-draft", "autoregressive", "drafts for tiny"),
+    ZooModel("tiny-diffusion", "masked diffusion, full attention (kind F)", "decodes in any order"),
+    ZooModel("tiny-blocks", "masked diffusion, block-causal (kind B)", "decodes block after block, exact cache"),
+    ZooModel("tiny-moe", "autoregressive, mixture of experts", "experts, placement, offload", draft="tiny-draft"),
+)
+MODELS: dict[str, ZooModel] = {m.name: m for m in _ALL}
 
-    Raises UnknownNameError for a zoo name that does not exist, CheckpointError for anything else that is not there.
+
+def resolve(name: str) -> Path:
+    """The folder of ``zoo:NAME`` (the prefix may be left out).
+
+    Raises UnknownNameError for another name, CheckpointError when its weights are not there.
     """
-    name = str(model)
-    if name.startswith(PREFIX):
-        found = available()
-        if name.removeprefix(PREFIX) not in found:
-            raise UnknownNameError("zoo model", name, [PREFIX + n for n in found])
-        return found[name.removeprefix(PREFIX)]
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise CheckpointError(f"{name} is a file: give the directory that holds config.json")
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return _fetch(name)
-    raise CheckpointError(
-        f"there is no model {name!r}: give a directory in Hugging Face layout, a hub id (owner/name), or one of "
-        f"{', '.join(PREFIX + n for n in available())}"
-    )
+    bare = name.removeprefix(PREFIX)
+    if bare not in MODELS:
+        raise UnknownNameError("zoo model", name, [PREFIX + m for m in MODELS])
+    model = MODELS[bare]
+    if not (model.folder / "config.json").exists():
+        raise CheckpointError(
+            f"{PREFIX}{bare} has no weights in {model.folder}: make them with `stretto train {model.recipe}`"
+        )
+    return model.folder
 
 
-def _fetch(name: str) -> Path:
-    from huggingface_hub import snapshot_download
+def available() -> list[str]:
+    """The names whose weights are there."""
+    return [name for name, model in MODELS.items() if (model.folder / "config.json").exists()]
 
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
-    except Exception as e:  # the library raises many kinds; the reason is what counts
-        raise CheckpointError(f"{name} could not be fetched from the hub: {e}") from e
+
+def training_record(name: str) -> dict[str, Any]:
+    """``training.json`` of a model: recipe, steps, tokens, minutes, loss, machine, date."""
+    return json.loads((resolve(name) / "training.json").read_text())

@@ -62,9 +62,11 @@ def batch(rng: random.Random) -> tuple[str, str]:
 
 
 def score(prompt: str, answer: str, reference: str) -> bool:
+    """Right if it parses to the same value; true is not 1 and 7 is not 7.0, as the signature gives types."""
     try:
-        return json.loads(answer) == json.loads(reference)
-    except ValueError:
+        given = json.loads(answer)
+        return json.dumps(given, sort_keys=True) == json.dumps(json.loads(reference), sort_keys=True)
+    except (ValueError, RecursionError):  # RecursionError: an endless "[[[["
         return False
 
 

@@ -59,8 +59,8 @@ def guard(rng: random.Random) -> tuple[str, str]:
 
 def score(prompt: str, answer: str, reference: str) -> bool:
     try:
-        return ast.dump(ast.parse(answer)) == ast.dump(ast.parse(reference))
-    except (SyntaxError, ValueError):
+        return ast.dump(ast.parse(answer.strip())) == ast.dump(ast.parse(reference))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two: endless "not not not"
         return False
 
 
