@@ -1,0 +1,177 @@
+"""The speed-quality plot as inline SVG: one point a method, whiskers over rounds, labels that never overlap."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from stretto.bench.summary import is_base, title
+
+__all__ = ["speed_quality"]
+
+X_TICKS = (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16)
+CHAR, LINE = 7.3, 17.0  # width and height in px of a letter of the labels
+HEAD = 78.0  # room above 100 % for the labels of methods that lose nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A rectangle that a label must not cover."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def meets(self, other: Box) -> bool:
+        return (
+            self.left < other.right and other.left < self.right
+            and self.top < other.bottom and other.top < self.bottom
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    label: str
+    kind: str  # "base", "same" (lossless) or "lossy"
+    x: float
+    low: float
+    high: float
+    y: float
+    text: str  # for the tooltip
+
+
+class Frame:
+    """The plotting area and its two scales: speed-up (logarithmic) and share of right answers (linear)."""
+
+    def __init__(self, points: Sequence[Point], width: int, height: int):
+        self.width, self.height = width, height
+        self.left, self.right, self.top, self.bottom = 52.0, width - 16.0, 12.0, height - 50.0
+        low = min(0.85, *(p.low for p in points))
+        high = max(1.6, *(p.high for p in points))
+        self._x0, self._x1 = math.log(low / 1.06), math.log(high * 1.12)
+        floor = min(p.y for p in points)
+        self.y0 = max(0.0, math.floor(min(floor - 0.02, 0.9) * 10) / 10)
+
+    def x(self, value: float) -> float:
+        return self.left + (math.log(value) - self._x0) / (self._x1 - self._x0) * (self.right - self.left)
+
+    def y(self, value: float) -> float:
+        top = self.top + HEAD
+        return self.bottom - (value - self.y0) / (1.0 - self.y0) * (self.bottom - top)
+
+    @property
+    def x_ticks(self) -> list[float]:
+        inside = [t for t in X_TICKS if self.left - 1 <= self.x(t) <= self.right + 1]
+        kept: list[float] = []
+        for tick in sorted(inside, key=lambda t: (t != 1, t not in (0.5, 2, 4, 8, 16), t)):
+            if all(abs(self.x(tick) - self.x(k)) > 34 for k in kept):
+                kept.append(tick)
+        return sorted(kept)
+
+    @property
+    def y_ticks(self) -> list[float]:
+        span = 1.0 - self.y0
+        step = 0.02 if span <= 0.11 else 0.05 if span <= 0.31 else 0.1 if span <= 0.6 else 0.2
+        return [t for i in range(51) if (t := 1.0 - i * step) >= self.y0 - 1e-9]
+
+
+def speed_quality(result: Mapping[str, Any], *, width: int = 760, height: int = 420) -> str:
+    """``<svg>`` of the totals of ``result``; "" where no answer can be scored."""
+    points = _points(result)
+    if not points:
+        return ""
+    frame = Frame(points, width, height)
+    body = [_axes(frame), *(_mark(frame, p) for p in points), *_labels(frame, points)]
+    summary = "; ".join(p.text for p in points)
+    return (
+        f'<svg class="plot" viewBox="0 0 {width} {height}" role="img" aria-label="Speed against quality. '
+        f'{escape(summary, quote=True)}">' + "".join(body) + "</svg>"
+    )
+
+
+def _points(result: Mapping[str, Any]) -> list[Point]:
+    out = []
+    for row in result["totals"]:
+        if row["quality"] is None:
+            continue
+        name = title(result, row)
+        kind = "base" if is_base(result, row) else "same" if row["lossless"] else "lossy"
+        text = f"{name}: {row['speedup']:.2f} times plain decoding, {row['quality']:.1%} right"
+        label = row["method"] + ("" if row["model"] == result["model"] else f" · {row['model'].removeprefix('zoo:')}")
+        out.append(
+            Point(label, kind, row["speedup"], row["speedup_low"], row["speedup_high"], row["quality"], text)
+        )
+    return out
+
+
+def _axes(f: Frame) -> str:
+    out = []
+    for t in f.y_ticks:
+        y = f.y(t)
+        out.append(f'<line class="grid" x1="{f.left}" x2="{f.right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        out.append(f'<text class="tick" x="{f.left - 8}" y="{y + 4:.1f}" text-anchor="end">{t * 100:.0f}</text>')
+    for t in f.x_ticks:
+        x = f.x(t)
+        out.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{f.bottom}" y2="{f.bottom + 5}"/>')
+        out.append(f'<text class="tick" x="{x:.1f}" y="{f.bottom + 19}" text-anchor="middle">{t:g}×</text>')
+    one, middle = f.x(1), (f.left + f.right) / 2
+    out.append(f'<line class="one" x1="{one:.1f}" x2="{one:.1f}" y1="{f.top}" y2="{f.bottom}"/>')
+    out.append(
+        f'<text class="axis" x="{middle:.0f}" y="{f.height - 8}" text-anchor="middle">'
+        "speed-up over plain decoding (wall-clock time, log scale) →</text>"
+    )
+    out.append(
+        f'<text class="axis" transform="translate(14 {(f.y(1) + f.bottom) / 2:.0f}) rotate(-90)" '
+        'text-anchor="middle">answers right (%)</text>'
+    )
+    return "".join(out)
+
+
+def _mark(f: Frame, p: Point) -> str:
+    x, y = f.x(p.x), f.y(p.y)
+    whisker = f'<line class="whisker {p.kind}" x1="{f.x(p.low):.1f}" x2="{f.x(p.high):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
+    shape = (
+        f'<path class="mark lossy" d="M{x:.1f} {y - 7:.1f}l7 7-7 7-7-7z"/>' if p.kind == "lossy"
+        else f'<circle class="mark {p.kind}" cx="{x:.1f}" cy="{y:.1f}" r="{5 if p.kind == "base" else 6}"/>'
+    )
+    return f"<g><title>{escape(p.text)}</title>{whisker}{shape}</g>"
+
+
+def _labels(f: Frame, points: Sequence[Point]) -> list[str]:
+    """Each label goes to the nearest free place around its point; far ones get a thin leader."""
+    marks = [Box(f.x(p.x) - 8, f.y(p.y) - 8, f.x(p.x) + 8, f.y(p.y) + 8) for p in points]
+    whiskers = [Box(f.x(p.low), f.y(p.y) - 2, f.x(p.high), f.y(p.y) + 2) for p in points]
+    taken, out = marks + whiskers, []
+    for p in sorted(points, key=lambda p: (-p.y, p.x)):
+        x, y, w = f.x(p.x), f.y(p.y), len(p.label) * CHAR
+        cx, cy = _place(f, x, y, w, taken)
+        taken.append(Box(cx - w / 2, cy - LINE / 2, cx + w / 2, cy + LINE / 2))
+        if abs(cy - y) > LINE * 1.5:
+            end = cy + math.copysign(LINE / 2 - 2, y - cy)
+            edge = min(max(x, cx - w / 2 + 4), cx + w / 2 - 4)
+            start = y + math.copysign(8, cy - y)
+            out.append(f'<path class="leader" d="M{x:.1f} {start:.1f}L{edge:.1f} {end:.1f}"/>')
+        out.append(
+            f'<text class="label {p.kind}" x="{cx:.1f}" y="{cy + 4:.1f}" text-anchor="middle">{escape(p.label)}</text>'
+        )
+    return out
+
+
+def _place(f: Frame, x: float, y: float, w: float, taken: Sequence[Box]) -> tuple[float, float]:
+    """The centre of the first free place: beside, above, below, then further and further away."""
+    spots = [(x, y - 17), (x, y + 18), (x + w / 2 + 12, y), (x - w / 2 - 12, y)]
+    for step in range(2, 24):
+        for side in (-1, 1):
+            cy = y + side * step * LINE
+            spots += [(x, cy), (x + w / 2 - 6, cy), (x - w / 2 + 6, cy)]
+    for cx, cy in spots:
+        cx = min(max(cx, f.left + w / 2 + 2), f.right - w / 2)
+        box = Box(cx - w / 2 - 3, cy - LINE / 2, cx + w / 2 + 3, cy + LINE / 2)
+        inside = f.top - 4 <= box.top and box.bottom <= f.bottom - 2
+        if inside and not any(box.meets(t) for t in taken):
+            return cx, cy
+    return x, y - LINE
