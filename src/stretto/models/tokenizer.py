@@ -5,8 +5,10 @@ The ``tokenizers`` library does the work; jinja2 renders templates, sandboxed, a
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
@@ -24,8 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Detokenizer", "Tokenizer"]
 
-BROKEN = "\N{REPLACEMENT CHARACTER}"
-LONGEST_CHARACTER = 4  # bytes of UTF-8
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Tokenizer:
@@ -109,6 +110,24 @@ class Tokenizer:
         """The token's name in the vocabulary (not its text)."""
         return self.inner.id_to_token(int(token_id))
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for, which need not be whole characters."""
+        name = self.token(token_id) or ""
+        if token_id in self._added:
+            return name.encode()
+        if self.byte_level:
+            return bytes(_BYTES[c] for c in name if c in _BYTES)
+        match = _BYTE_TOKEN.fullmatch(name)
+        return bytes([int(match[1], 16)]) if match else name.encode()
+
+    @cached_property
+    def _added(self) -> frozenset[int]:
+        return frozenset(self.inner.get_added_tokens_decoder())
+
+    @cached_property
+    def byte_level(self) -> bool:
+        return '"ByteLevel"' in json.dumps(json.loads(self.inner.to_str()).get("decoder"))
+
     @cached_property
     def special_ids(self) -> frozenset[int]:
         """Ids that ``skip_special_tokens`` leaves out."""
@@ -167,41 +186,52 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True):
         self._tokenizer, self._skip = tokenizer, skip_special_tokens
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._ids: list[int] = []  # a window: tokens already given out as context, then the open ones
         self._open = 0  # where the open ones start
         self._sent = 0  # characters of the window's text that were given out
 
     def push(self, ids: Sequence[int]) -> str:
         """Add ``ids``; the text that is now certain."""
-        out = ""
-        for token in ids:
-            self._ids.append(int(token))
-            out += self._step()
-        return out
+        return "".join(self._step(int(token)) for token in ids)
 
     def flush(self) -> str:
         """What is left, with incomplete characters as U+FFFD; the detokenizer is then empty."""
         out = self._text(self._ids)[self._sent :]
+        self._utf8.reset()
         self._ids, self._open, self._sent = [], 0, 0
         return out
 
     def _text(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
 
-    def _step(self) -> str:
-        text = self._text(self._ids)
-        if not text.endswith(BROKEN):
-            out = text[self._sent :]
-            if out:  # else the tokens so far have no text: they stay, the next one may need them
-                self._ids = self._ids[self._open :]
-                self._open, self._sent = len(self._ids), len(self._text(self._ids))
-            return out
-        if len(self._ids) - self._open <= LONGEST_CHARACTER:
+    def _step(self, token: int) -> str:
+        self._ids.append(token)
+        if not (self._skip and token in self._tokenizer.special_ids):
+            self._utf8.decode(self._tokenizer.token_bytes(token))
+        if self._utf8.getstate()[0]:  # the bytes so far end inside a character
+            return self._before_open_character()
+        out = self._text(self._ids)[self._sent :]
+        if out:  # else these tokens have no text yet: they stay, the next one may need them
+            self._ids = self._ids[self._open :]
+            self._open, self._sent = len(self._ids), len(self._text(self._ids))
+        return out
+
+    def _before_open_character(self) -> str:
+        """Broken characters before the open one are certain, where bytes are decoded one by one."""
+        if not self._tokenizer.byte_level:
             return ""
-        # More open tokens than one character has bytes: the front ones are broken for good.
-        sure = max(self._sent, len(text.rstrip(BROKEN)), len(text) - LONGEST_CHARACTER + 1)
+        text = self._text(self._ids)
+        sure = max(self._sent, len(text) - 1)  # the open character is one U+FFFD
         out, self._sent = text[self._sent : sure], sure
         return out
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The characters by which byte-level tokenizers write bytes: printable ones as they are, the rest from U+0100."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [b for b in range(256) if b not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
 
 
 def _render(template: str, **variables: Any) -> str:
@@ -229,3 +259,6 @@ def _render(template: str, **variables: Any) -> str:
         raise CheckpointError(f"the chat template has an error in line {e.lineno}: {e.message}") from e
     except Exception as e:  # anything that a template of another party may do
         raise PromptError(f"the chat template refuses these messages: {e}") from e
+
+
+_BYTES = _byte_alphabet()
