@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,11 +147,13 @@ class LLM:
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, method: str = "ar",
-        options: Mapping[str, Any] | None = None,
+        options: Mapping[str, Any] | None = None, seen: Callable[[Stream], None] | None = None,
     ) -> Iterator[str]:
-        """The text of one completion, piece by piece, as it becomes final."""
+        """The text of one completion, piece by piece, as it becomes final. ``seen`` gets the engine's stream."""
         params = sampling_params or SamplingParams()
         (stream,) = self.submit(prompt, params, method=method, options=options, decode_text=True)
+        if seen is not None:
+            seen(stream)
         sent = 0
         try:
             while stream.finish_reason is None:

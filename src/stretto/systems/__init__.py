@@ -1,0 +1,41 @@
+"""The index: one short file per published system, with its paper, its claims, its parts and its evidence.
+
+A file ``name_of_slug.py`` defines ``SYSTEM``; adding a file is the whole registration."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from stretto.errors import UnknownNameError
+from stretto.systems.types import System
+
+__all__ = ["all_systems", "get", "write_evidence"]
+
+
+@lru_cache(maxsize=1)
+def all_systems() -> tuple[System, ...]:
+    """Every system, by slug."""
+    found = []
+    for info in pkgutil.iter_modules(__path__):
+        if info.name != "types":
+            found.append(importlib.import_module(f"{__name__}.{info.name}").SYSTEM)
+    return tuple(sorted(found, key=lambda s: s.slug))
+
+
+def get(slug: str) -> System:
+    """By slug; UnknownNameError names the nearest."""
+    for system in all_systems():
+        if system.slug == slug:
+            return system
+    raise UnknownNameError("system", slug, [s.slug for s in all_systems()])
+
+
+def write_evidence(result: dict[str, Any], folder: Path) -> Path:
+    """``folder``/SLUG.json with what is needed to judge it: version, commit, machine, threads, seeds, date."""
+    from stretto.bench.provenance import provenance, write_json
+
+    return write_json(folder / f"{result['system']}.json", {**result, "provenance": provenance(None)})
