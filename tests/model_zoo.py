@@ -1,4 +1,6 @@
-"""Tiny random checkpoints of every family that transformers has, made to show errors: no tensor is trivial."""
+"""Tiny random checkpoints of every family that transformers has, made to show errors: no tensor is
+trivial.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +8,26 @@ import torch
 import transformers
 
 BASE = dict(
-    vocab_size=61, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.1, bos_token_id=1,
-    eos_token_id=2, tie_word_embeddings=False,
-)  # fmt: skip
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    initializer_range=0.1,
+    bos_token_id=1,
+    eos_token_id=2,
+    tie_word_embeddings=False,
+)
 CLASSES = {
-    "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "mixtral": "Mixtral",
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "mixtral": "Mixtral",
     "qwen3_moe": "Qwen3Moe",
-}  # fmt: skip
+}
 
 
 def rope(kind: str, **params) -> dict:
@@ -21,13 +35,23 @@ def rope(kind: str, **params) -> dict:
 
 
 LLAMA3 = rope(
-    "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+    "llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
 )
 YARN = rope("yarn", factor=4.0, original_max_position_embeddings=16)
 YARN_MSCALE = rope(
-    "yarn", factor=4.0, original_max_position_embeddings=16, mscale=0.7, mscale_all_dim=0.4, beta_fast=16,
-    beta_slow=2, truncate=False,
-)  # fmt: skip
+    "yarn",
+    factor=4.0,
+    original_max_position_embeddings=16,
+    mscale=0.7,
+    mscale_all_dim=0.4,
+    beta_fast=16,
+    beta_slow=2,
+    truncate=False,
+)
 LONG_FACTORS = dict(short_factor=[1.0, 1.1, 1.3, 1.5], long_factor=[2.0, 3.0, 4.0, 5.0])
 LONG = rope("longrope", **LONG_FACTORS, original_max_position_embeddings=32, factor=2.0)
 LONGER = rope("longrope", **LONG_FACTORS, original_max_position_embeddings=8, factor=8.0)
@@ -60,32 +84,55 @@ CASES: dict[str, tuple[str, dict]] = {
     "qwen3-window": (
         "qwen3",
         dict(
-            head_dim=8, use_sliding_window=True, sliding_window=3,
+            head_dim=8,
+            use_sliding_window=True,
+            sliding_window=3,
             layer_types=["sliding_attention", "full_attention"],
         ),
     ),
     "mixtral": ("mixtral", dict(num_local_experts=4, num_experts_per_tok=2)),
-    "mixtral-window": ("mixtral", dict(num_local_experts=3, num_experts_per_tok=1, sliding_window=4)),
+    "mixtral-window": (
+        "mixtral",
+        dict(num_local_experts=3, num_experts_per_tok=1, sliding_window=4),
+    ),
     "qwen3_moe": (
         "qwen3_moe",
-        dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24, head_dim=8, norm_topk_prob=True),
+        dict(
+            num_experts=6,
+            num_experts_per_tok=2,
+            moe_intermediate_size=24,
+            head_dim=8,
+            norm_topk_prob=True,
+        ),
     ),
     "qwen3_moe-raw-weights": (
         "qwen3_moe",
-        dict(num_experts=4, num_experts_per_tok=3, moe_intermediate_size=16, head_dim=8, norm_topk_prob=False),
+        dict(
+            num_experts=4,
+            num_experts_per_tok=3,
+            moe_intermediate_size=16,
+            head_dim=8,
+            norm_topk_prob=False,
+        ),
     ),
     "qwen3_moe-dense-layer": (
         "qwen3_moe",
         dict(
-            num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8, norm_topk_prob=True,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            head_dim=8,
+            norm_topk_prob=True,
             mlp_only_layers=[0],
         ),
     ),
-}  # fmt: skip
+}
 
 
 def reference(family: str, **changes) -> torch.nn.Module:
-    """A transformers model in float32 with matrices x 4, and every norm and bias off its initial value."""
+    """A transformers model in float32 with matrices x 4, and every norm and bias off its initial
+    value.
+    """
     torch.manual_seed(0)
     config = getattr(transformers, CLASSES[family] + "Config")(**(BASE | changes))
     config._attn_implementation = "sdpa"

@@ -42,7 +42,7 @@ class World:
 
     def evaluate(self, jobs):
         """jobs: (thread, Step, kept rows). One packed forward; compare its logits with the reference."""
-        plans = [Plan(t.seq, 0, step, self.runner.alloc.alloc(len(step))) for t, step, _ in jobs]
+        plans = [Plan(t.seq, 0, step, slots=self.runner.alloc.alloc(len(step))) for t, step, _ in jobs]
         got = self.runner.forward(pack(plans)).logits
         numbers = []
         for (thread, step, keep), plan in zip(jobs, plans, strict=True):

@@ -23,7 +23,8 @@ TAU = 0.25  # random weights trust little: this gives both several tokens a forw
 
 @pytest.fixture(scope="module")
 def nets():
-    return {kind: model(scale=2.0, tie_word_embeddings=False, stretto=section) for kind, section in KINDS.items()}
+    shape = {"scale": 2.0, "tie_word_embeddings": False}
+    return {kind: model(stretto=section, **shape) for kind, section in KINDS.items()}
 
 
 def prompts(n, seed=0):
@@ -31,9 +32,10 @@ def prompts(n, seed=0):
     return [[rng.randint(5, V - 1) for _ in range(rng.randint(1, 21))] for _ in range(n)]
 
 
-def law(net, ids, window, seen, rows):
-    """Logits [n, V] of all positions. With ``rows`` = (a, b) only those are evaluated, and see the other positions as
-    they were in the canvas ``seen``: what an approximate cache does, written as one dense forward."""
+def law(net, ids, seen, rows):
+    """Logits [n, V] of all positions. With ``rows`` = (a, b) only those are evaluated, and see the
+    other positions as they were in the canvas ``seen``: what an approximate cache does, as one
+    dense forward."""
     if rows is None:
         return plain_logits(net, ids)
     n, (a, b) = len(ids), rows
@@ -43,7 +45,8 @@ def law(net, ids, window, seen, rows):
     out = torch.full((n, V), float("nan"))
     with torch.no_grad():
         at = torch.tensor([*range(n), *range(a, b)])
-        out[a:b] = net(torch.tensor(seen + ids[a:b]), at, PackedContext([n + b - a], see)).float()[n:]
+        ctx = PackedContext([n + b - a], see)
+        out[a:b] = net(torch.tensor(seen + ids[a:b]), at, ctx).float()[n:]
     return out
 
 
@@ -53,8 +56,10 @@ def cached_rows(cache, start, stop, n, shift, vicinity):
     return max(0, start - shift - vicinity), min(n, stop + vicinity)
 
 
-def reference(net, prompt, n, *, length, tau=TAU, steps=None, cache=None, refresh=0, vicinity=0, stops=(EOS,)):
-    """(tokens, step map, log-probabilities) by the definition, greedy; everything is computed anew in each step.
+def reference(
+    net, prompt, n, *, length, tau=TAU, steps=None, cache=None, refresh=0, vicinity=0, stops=(EOS,)
+):
+    """(tokens, step map, log-probabilities) by the definition, greedy; each step computes all anew.
 
     ``steps``: fixed k instead of the threshold.
     """
@@ -78,7 +83,7 @@ def reference(net, prompt, n, *, length, tau=TAU, steps=None, cache=None, refres
             rows = None
             if cache and not fresh:
                 rows = cached_rows(cache, start, stop, len(ids), int(c.shift), vicinity)
-            out = law(net, ids, (start, stop), seen, rows)[[i - c.shift for i in todo]]
+            out = law(net, ids, seen, rows)[[i - c.shift for i in todo]]
             plain = torch.log_softmax(out.index_fill(1, torch.tensor([MASK]), -torch.inf), -1)
             best = sorted(range(len(todo)), key=lambda j: -plain[j].max())
             if steps:
@@ -107,17 +112,18 @@ def facts(stream):
 @pytest.mark.parametrize("kind", ["full", "full-shift"])
 @pytest.mark.parametrize("length, n", [(5, 17), (32, 9), (1, 4)])
 def test_full_attention_without_cache_is_the_definition(nets, kind, length, n):
+    options = {"cache": "none", "block_length": length, "threshold": TAU}
     for prompt in prompts(3, seed=length):
         want = reference(nets[kind], prompt, n, length=length)
-        got = solo(nets[kind], prompt, greedy(n), {"cache": "none", "block_length": length, "threshold": TAU})
+        got = solo(nets[kind], prompt, greedy(n), options)
         assert (tokens(got), got.seq.step_map) == want[:2]
 
 
 @pytest.mark.parametrize("kind", ["block", "block-shift"])
 @pytest.mark.parametrize("size", [1, 2, 4, 7, 8, 9, 16])
 def test_block_cache_is_the_definition(nets, kind, size):
-    """The finished block's pass with final tokens is fused with the next block's first: as many forwards as the
-    definition has, and the same tokens, although it never evaluates a finished block again."""
+    """The finished block's pass with final tokens is fused with the next block's first: as many
+    forwards as the definition has, and the same tokens."""
     prompt = prompts(1, seed=3)[0] * 16
     for n in (1, 13):
         net, ask = nets[kind], prompt[:size]
@@ -137,23 +143,24 @@ def test_windows_inside_a_block_are_the_definition(nets, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_fixed_steps_are_the_definition(nets, kind):
-    cache = {"cache": "none"} if "full" in kind else {}
     length = 6 if "full" in kind else nets[kind].config.block_size
+    options = {"unmask": "fixed", "steps": 3, "block_length": length}
+    options |= {"cache": "none"} if "full" in kind else {}
     for prompt in prompts(2, seed=5):
         want = reference(nets[kind], prompt, 16, length=length, steps=3)
-        got = solo(nets[kind], prompt, greedy(16), {"unmask": "fixed", "steps": 3, "block_length": length, **cache})
+        got = solo(nets[kind], prompt, greedy(16), options)
         assert (tokens(got), got.seq.step_map) == want[:2]
 
 
 @pytest.mark.parametrize("kind", ["full", "full-shift"])
-@pytest.mark.parametrize("cache, refresh, vicinity", [("prefix", 0, 0), ("prefix", 3, 0), ("dual", 0, 0), ("dual", 2, 3)])
+@pytest.mark.parametrize(
+    "cache, refresh, vicinity", [("prefix", 0, 0), ("prefix", 3, 0), ("dual", 0, 0), ("dual", 2, 3)]
+)
 def test_approximate_caches_are_their_definition(nets, kind, cache, refresh, vicinity):
-    options = {"cache": cache, "refresh": refresh, "vicinity": vicinity, "block_length": 6, "threshold": TAU}
+    how = {"cache": cache, "refresh": refresh, "vicinity": vicinity}
     for prompt in prompts(3, seed=4):
-        want = reference(
-            nets[kind], prompt, 20, length=6, cache=cache, refresh=refresh, vicinity=vicinity
-        )
-        got = solo(nets[kind], prompt, greedy(20), options)
+        want = reference(nets[kind], prompt, 20, length=6, **how)
+        got = solo(nets[kind], prompt, greedy(20), how | {"block_length": 6, "threshold": TAU})
         assert (tokens(got), got.seq.step_map) == want[:2]
 
 
@@ -180,16 +187,18 @@ def test_threshold_above_one_is_one_token_a_forward(nets, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_lower_threshold_never_takes_more_forwards_on_one_window(nets, kind):
-    prompt = prompts(1, seed=7)[0]
-    runs = [solo(nets[kind], prompt, greedy(8, ignore_eos=True), {"threshold": t}) for t in (0.0, 1.01)]
+    prompt, params = prompts(1, seed=7)[0], greedy(8, ignore_eos=True)
+    runs = [solo(nets[kind], prompt, params, {"threshold": t}) for t in (0.0, 1.01)]
     assert runs[0].seq.metrics.forwards <= 3 < runs[1].seq.metrics.forwards == 8
 
 
 MIX = [
     {"threshold": TAU}, {"unmask": "fixed", "steps": 2}, {"unmask": "eb", "threshold": 1.0},
-    {"unmask": "factor", "score": "margin"}, {"unmask": "entropy", "threshold": 2.0, "score": "neg_entropy"},
-    {"unmask": "hierarchy", "threshold": 0.3, "low": 0.1}, {"unmask": "dynamic", "steps": 2, "threshold": 0.3},
-    {"score": "random", "threshold": 1.01}, {"score": "position", "unmask": "fixed"}, {"credit": 0.7, "threshold": TAU},
+    {"unmask": "factor", "score": "margin"},
+    {"unmask": "entropy", "threshold": 2.0, "score": "neg_entropy"},
+    {"unmask": "hierarchy", "threshold": 0.3, "low": 0.1},
+    {"unmask": "dynamic", "steps": 2, "threshold": 0.3}, {"score": "random", "threshold": 1.01},
+    {"score": "position", "unmask": "fixed"}, {"credit": 0.7, "threshold": TAU},
 ]
 
 
@@ -200,10 +209,10 @@ def test_alone_equals_a_batch_of_other_options(nets, kind, temperature):
     if "full" in kind:
         for o, cache in zip(mix, ["none", "prefix", "dual"] * 4, strict=False):
             o |= {"cache": cache, "block_length": 5}
-    jobs = [
-        (p, SamplingParams(max_tokens=9 + i, temperature=temperature, top_k=i % 3 * 5, seed=i), "diffusion", o)
-        for i, (p, o) in enumerate(zip(prompts(len(mix), seed=9), mix, strict=True))
-    ]
+    jobs = []
+    for i, (p, o) in enumerate(zip(prompts(len(mix), seed=9), mix, strict=True)):
+        params = SamplingParams(max_tokens=9 + i, temperature=temperature, top_k=i % 3 * 5, seed=i)
+        jobs.append((p, params, "diffusion", o))
     eng = engine(nets[kind], max_rows=96, prefix_caching=False)
     for job, (stream,) in zip(jobs, run(eng, jobs), strict=True):
         alone = run(engine(nets[kind]), [job])[0][0]
@@ -215,7 +224,7 @@ def test_alone_equals_a_batch_of_other_options(nets, kind, temperature):
 @pytest.mark.parametrize("kind", KINDS)
 def test_sampling_repeats_varies_and_honours_top_k(nets, kind):
     def sample(seed, **kw):
-        params = SamplingParams(max_tokens=12, temperature=1.0, seed=seed, ignore_eos=True, n=4, **kw)
+        params = SamplingParams(max_tokens=12, seed=seed, ignore_eos=True, n=4, **kw)
         jobs = [(prompts(1)[0], params, "diffusion", {"threshold": TAU})]
         return [tokens(s) for s in run(engine(nets[kind]), jobs)[0]]
 
@@ -227,7 +236,9 @@ def test_sampling_repeats_varies_and_honours_top_k(nets, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("options", [{}, {"unmask": "fixed", "steps": 2}, {"score": "random", "threshold": 1.01}])
+@pytest.mark.parametrize(
+    "options", [{}, {"unmask": "fixed", "steps": 2}, {"score": "random", "threshold": 1.01}]
+)
 def test_max_tokens_is_exact(nets, kind, options):
     for n in (1, 3, 8, 33):
         stream = solo(nets[kind], prompts(1)[0], greedy(n, ignore_eos=True), options)
@@ -286,7 +297,8 @@ def test_preemption_changes_nothing(nets, kind, cache):
 @pytest.mark.parametrize("kind", KINDS)
 def test_abort_frees_every_slot(nets, kind):
     eng = engine(nets[kind], prefix_caching=False)
-    method = make("diffusion", eng.host, {"threshold": TAU} | ({"cache": "dual"} if "full" in kind else {}))
+    options = {"cache": "dual"} if "full" in kind else {}
+    method = make("diffusion", eng.host, options)
     streams = [s for p in prompts(4) for s in eng.add(p, greedy(30, ignore_eos=True, n=2), method)]
     for _ in range(3):
         eng.step()
@@ -324,7 +336,8 @@ def test_logprobs_are_those_of_the_deciding_forward(nets, kind):
     prompt = prompts(1, seed=12)[0]
     length = {"full": 6, "block-shift": 8}[kind]
     want = reference(nets[kind], prompt, 14, length=length)
-    options = {"threshold": TAU, "block_length": length} | ({"cache": "none"} if kind == "full" else {})
+    options = {"threshold": TAU, "block_length": length}
+    options |= {"cache": "none"} if kind == "full" else {}
     got = solo(nets[kind], prompt, greedy(14, logprobs=2), options).seq
     assert len(got.logprobs) == len(want[0])
     for token, top, value in zip(want[0], got.logprobs, want[2], strict=True):
@@ -338,7 +351,8 @@ def test_infill(nets, cache):
     options = {"infill": True, "cache": cache, "block_length": 3, "threshold": 1.01}
     stream = solo(net, prompt, greedy(5, ignore_eos=True), options)
     filled = stream.seq.tokens[:8]
-    assert MASK not in stream.seq.tokens and [filled[i] for i in (0, 1, 4, 5, 7)] == [7, 9, 11, 13, 8]
+    assert MASK not in stream.seq.tokens
+    assert [filled[i] for i in (0, 1, 4, 5, 7)] == [7, 9, 11, 13, 8]
     assert len(tokens(stream)) == 5 and min(stream.seq.step_map) == 3
     if cache == "none":
         ids = prompt + [MASK] * 5
@@ -360,10 +374,11 @@ def test_rows_are_what_the_cache_promises(nets, kind):
         options = {"cache": cache, "threshold": 1.01} | ({"block_length": 8} if full else {})
         rows = solo(nets[kind], prompt, greedy(n, ignore_eos=True), options).seq.metrics.rows
         if full:
-            later = {"none": [28, 28], "prefix": [16 + shift, 8 + shift], "dual": [8 + shift] * 2}[cache]
-            assert rows == 2 * 28 + 7 * sum(later)
+            later = {"none": 28 + 28, "prefix": 16 + 8, "dual": 8 + 8}[cache]
+            later += 2 * shift * (cache != "none")
+            assert rows == 2 * 28 + 7 * later
         elif shift:
-            assert rows == 8 + 8 + 3 * 9 + (8 + 8) + 7 * 9 + (8 + 8) + 3 * 9  # windows of 4, 8 and 4 tokens
+            assert rows == 3 * (8 + 8) + (3 + 7 + 3) * 9  # windows of 4, 8 and 4 tokens
         else:
             assert rows == 12 + 4 * 4 + 3 * (4 + 4 * 4)
 
@@ -371,7 +386,8 @@ def test_rows_are_what_the_cache_promises(nets, kind):
 BAD = [
     ("full", {"block_length": 0}, OptionError), ("full", {"threshold": -1}, OptionError),
     ("full", {"threshold": "x"}, OptionError), ("full", {"cache": "block"}, OptionError),
-    ("full", {"steps": 4}, OptionError), ("full", {"unmask": "fixed", "threshold": 0.5}, OptionError),
+    ("full", {"steps": 4}, OptionError),
+    ("full", {"unmask": "fixed", "threshold": 0.5}, OptionError),
     ("full", {"unmask": "best"}, OptionError), ("full", {"blocklength": 4}, InputError),
     ("full", {"vicinity": 4}, OptionError), ("full", {"cache": "none", "refresh": 4}, OptionError),
     ("block", {"block_length": 5}, OptionError), ("block", {"cache": "none"}, OptionError),
@@ -400,7 +416,8 @@ def test_wrong_models_and_prompts_are_refused(nets):
         assert len(tokens(stream)) == 12
     with pytest.raises(CapacityError, match="cache=none"):
         solo(nets["full"], [7] * 40, greedy(100), {}, slots=230)
-    stream = solo(nets["full"], [7] * 40, greedy(100, ignore_eos=True), {"cache": "none", "threshold": 0.0}, slots=230)
+    options, params = {"cache": "none", "threshold": 0.0}, greedy(100, ignore_eos=True)
+    stream = solo(nets["full"], [7] * 40, params, options, slots=230)
     assert len(tokens(stream)) == 100
 
 

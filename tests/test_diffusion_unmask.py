@@ -1,4 +1,4 @@
-"""Unmasking rules against brute force, candidates against their law, credit against a dense matrix."""
+"""Unmasking rules against brute force, candidates against their law, credit against a matrix."""
 
 import itertools
 
@@ -9,20 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stretto.decoding import unmask
-from stretto.decoding.unmask import DIALS, RULES, SCORES, Candidates, Credit, candidates, draw, quota, score, select
+from stretto.decoding.unmask import Candidates, Credit, candidates, draw, quota, score, select
 from stretto.engine.params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0)
 GRID = st.integers(0, 64).map(lambda i: i / 64)  # sums of these are exact, and ties are common
-COLUMNS = st.integers(1, 9).flatmap(lambda n: st.tuples(*[st.lists(GRID, min_size=n, max_size=n)] * 3))
+COLUMNS = st.integers(1, 9).flatmap(
+    lambda n: st.tuples(*[st.lists(GRID, min_size=n, max_size=n)] * 3)
+)
 
 
 def make(confidence, entropy=None, margin=None):
     n = len(confidence)
-    zeros = np.zeros(n)
-    return Candidates(
-        np.arange(n), np.array(confidence, float), np.array(margin or zeros, float), np.array(entropy or zeros, float)
-    )
+    columns = [np.array(x or [0.0] * n) for x in (confidence, margin, entropy)]
+    return Candidates(np.arange(n), *columns)
 
 
 def picked(mask):
@@ -80,14 +80,14 @@ def test_dynamic_and_runs_follow_their_definitions(columns, tau, low, k, gaps):
 
 
 @settings(max_examples=80, deadline=None)
-@given(COLUMNS, st.sampled_from(RULES), st.sampled_from(SCORES), st.integers(0, 511))
+@given(COLUMNS, st.sampled_from(unmask.RULES), st.sampled_from(unmask.SCORES), st.integers(0, 511))
 def test_at_least_one_position_and_held_ones_last(columns, rule, name, bits):
     confidence, entropy, margin = columns
     n = len(confidence)
     held = np.array([bits >> i & 1 for i in range(n)], bool)
     c = make(confidence, entropy, margin).held_back(held)
     s = score(name, c, np.linspace(0.9, 0.1, n))
-    got = picked(select(rule, c, s, list(range(n)), dial=DIALS.get(rule, 0.0), k=2))
+    got = picked(select(rule, c, s, list(range(n)), dial=unmask.DIALS.get(rule, 0.0), k=2))
     assert got
     if held.all():
         assert got == {0}
@@ -97,12 +97,15 @@ def test_at_least_one_position_and_held_ones_last(columns, rule, name, bits):
 
 def test_nothing_trusted_takes_the_best_score_and_ties_the_lowest_position():
     c = make([0.25, 0.5, 0.5], entropy=[1.0, 0.25, 0.5], margin=[0.5, 0.125, 0.125])
-    for name, want in (("confidence", 1), ("margin", 0), ("neg_entropy", 1), ("position", 0), ("random", 2)):
+    best = {"confidence": 1, "margin": 0, "neg_entropy": 1, "position": 0, "random": 2}
+    for name, want in best.items():
         s = score(name, c, np.array([0.1, 0.2, 0.3]))
         assert picked(select("threshold", c, s, [0, 1, 2], dial=1.01, k=1)) == {want}
 
 
-@pytest.mark.parametrize("n, steps, want", [(7, 3, [3, 2, 2]), (2, 4, [1, 1, 1, 1]), (5, None, [1] * 5), (8, 2, [4, 4])])
+@pytest.mark.parametrize(
+    "n, steps, want", [(7, 3, [3, 2, 2]), (2, 4, [1] * 4), (5, None, [1] * 5), (8, 2, [4, 4])]
+)
 def test_quota(n, steps, want):
     assert [quota(n, steps, s) for s in range(len(want))] == want
 

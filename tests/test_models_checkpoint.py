@@ -1,4 +1,6 @@
-"""Every way in which a checkpoint can be wrong gives one clear error; saving is atomic and exact."""
+"""Every way in which a checkpoint can be wrong gives one clear error; saving is atomic and
+exact.
+"""
 
 import json
 import os
@@ -44,7 +46,7 @@ def edit_tensors(path, change):
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-# ------------------------------------------------------------------------------------------ config
+# --- config
 
 
 @pytest.mark.parametrize(
@@ -103,7 +105,7 @@ def test_no_directory(tmp_path):
 
 
 def test_dtype_names(path):
-    with pytest.raises(OptionError, match="int4.*bfloat16"):
+    with pytest.raises(OptionError, match=r"int4.*bfloat16"):
         load(path, dtype="int4")
     assert load(path, dtype=torch.float64).dtype == torch.float64
     assert load(path).dtype == auto_dtype()
@@ -120,7 +122,7 @@ def test_stop_ids_include_generation_config(path):
     assert load_config(path).stop_token_ids == ()
 
 
-# ------------------------------------------------------------------------------------------ tensors
+# --- tensors
 
 
 def test_all_problems_in_one_error(path):
@@ -204,7 +206,7 @@ def test_missing_shard(path, tmp_path):
         load(tmp_path / "sharded")
 
 
-# ------------------------------------------------------------------------------------------ saving
+# --- saving
 
 
 @pytest.mark.parametrize("name", ["qwen3", "mixtral", "llama-tied"])
@@ -228,7 +230,9 @@ def test_shards(tmp_path, name):
 @pytest.mark.parametrize("disk", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("held", ["float32", "bfloat16", "float64"])
 def test_unmodified_tensors_come_back_byte_for_byte(path, tmp_path, disk, held):
-    """Whatever dtype the model ran in; a modified tensor keeps the dtype and takes the new value."""
+    """Whatever dtype the model ran in; a modified tensor keeps the dtype and takes the new
+    value.
+    """
 
     def cast(tensors):
         tensors.update({k: v.to(disk) for k, v in tensors.items()})
@@ -267,9 +271,13 @@ def test_other_files(path, tmp_path):
     (target / "model-00001-of-00009.safetensors").write_text("stale")
     load(path).save(target)
     assert {p.name for p in target.iterdir()} == {
-        "chat_template.jinja", "config.json", "generation_config.json", "log.txt", "model.safetensors",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "log.txt",
+        "model.safetensors",
         "tokenizer.json",
-    }  # fmt: skip
+    }
     assert json.loads((target / "generation_config.json").read_text()) == {"temperature": 0.5}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
 
@@ -318,12 +326,14 @@ def test_refused_saves(path, tmp_path):
         save(model.pack(), tmp_path / "packed")
 
 
-# ------------------------------------------------------------------------------------------ packed linears
+# --- packed linears
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_packed_linear(dtype):
-    """The packed kernel where there is one, F.linear elsewhere; the weights can be read back exactly."""
+    """The packed kernel where there is one, F.linear elsewhere; the weights can be read back
+    exactly.
+    """
     torch.manual_seed(0)
     weights = [torch.randn(o, 48).to(dtype) for o in (32, 16)]
     biases = [torch.randn(o).to(dtype) for o in (32, 16)]

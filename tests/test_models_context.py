@@ -1,5 +1,6 @@
 """Cached, chunked, permuted, tree-shaped and packed forwards give the logits of a plain forward."""
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,7 +109,7 @@ def text(n, seed=0):
 
 def close(got, want):
     assert got.shape == want.shape
-    limit = TOLERANCE[want.dtype] if want.dtype in TOLERANCE else 0
+    limit = TOLERANCE.get(want.dtype, 0)
     assert (got.double() - want.double()).abs().max() <= max(limit, 1e-6) * want.abs().max()
 
 
@@ -125,7 +126,9 @@ def run(net):
     return call
 
 
-@pytest.mark.parametrize("sizes", [(19,), (7, 1, 1, 4, 6), (1,) * 19], ids=["whole", "chunks", "single"])
+@pytest.mark.parametrize(
+    "sizes", [(19,), (7, 1, 1, 4, 6), (1,) * 19], ids=["whole", "chunks", "single"]
+)
 @pytest.mark.parametrize("scattered", [False, True])
 def test_chunks(net, run, sizes, scattered):
     tokens = text(19)
@@ -159,12 +162,14 @@ def test_hidden_is_exact_to_the_dtype(net, dtype):
 
 
 def test_many_sequences_in_one_batch(net, run):
-    """Prefill of one, chunk of another, single rows of several of unlike length: each as if alone."""
+    """Prefill of one, chunk of another, single rows of several of unlike length: each as if
+    alone.
+    """
     lengths = [1, 3, 9, 14, 22, 40]
     texts = [text(n + 6, seed=n) for n in lengths]
     slots = np.random.default_rng(3).permutation(256)
     starts = np.cumsum([0, *(len(t) for t in texts)])
-    where = [slots[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    where = [slots[a:b] for a, b in itertools.pairwise(starts)]
     for t, w, n in zip(texts, where, lengths, strict=True):
         run(chunk(t, w, 0, n))
     steps = [1, 1, 4, 1, 6, 1]
@@ -215,7 +220,9 @@ def test_overwritten_slots_are_read_new(net, run):
 
 
 def test_full_attention_refresh(dtype):
-    """A bidirectional model: rows of a block against the cached rest equals a full forward after a refresh."""
+    """A bidirectional model: rows of a block against the cached rest equals a full forward after a
+    refresh.
+    """
     net = model(dtype)
     net.config = net.config.changed(attention="full")
     tokens, slots, pool = text(14), np.arange(14), pool_for(net)
@@ -233,7 +240,9 @@ def test_block_attention_in_blocks(dtype):
     net.config = net.config.changed(attention="block", block_size=4)
     tokens, slots, pool = text(12), np.arange(12), pool_for(net)
     got = [
-        forward_batch(net, pool, batch(chunk(tokens, slots, i, i + 4, np.ones((4, 4), bool)))).logits
+        forward_batch(
+            net, pool, batch(chunk(tokens, slots, i, i + 4, np.ones((4, 4), bool)))
+        ).logits
         for i in (0, 4, 8)
     ]
     close(torch.cat(got), plain(net, tokens))
@@ -251,7 +260,7 @@ def test_embeds_replace_tokens(net):
     close(forward_batch(net, pool, b).logits, want[[5, 1]].to(net.dtype))
 
 
-# ------------------------------------------------------------------------------------------ packed segments
+# --- packed segments
 
 
 @pytest.mark.parametrize("lengths", [[6, 6, 6], [9, 2, 5, 1]])
@@ -307,7 +316,9 @@ def test_packed_model_equals_plain():
     for changes in (
         {},
         dict(tie_word_embeddings=True, attention_bias=True),
-        dict(model_type="qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+        dict(
+            model_type="qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+        ),
     ):
         net = model(torch.float32, **changes)
         want = plain_logits(net, text(9))
@@ -317,7 +328,7 @@ def test_packed_model_equals_plain():
         net.pack()
 
 
-# ------------------------------------------------------------------------------------------ wrong use
+# --- wrong use
 
 
 def test_errors():

@@ -126,7 +126,7 @@ def test_adapter_of_experts_is_merged(tmp_path):
         load_lora(model, tmp_path / "adapter", merge=False)
 
 
-# ------------------------------------------------------------------------------------------ wrong adapters
+# --- wrong adapters
 
 
 def write(path, tensors, **config):
@@ -153,7 +153,12 @@ def test_wrong_shape_names_both_sides(base, tmp_path):
 @pytest.mark.parametrize(
     ("tensors", "config", "error", "message"),
     [
-        ({"model.layers.9.self_attn.q_proj": (2, 32)}, {}, WeightsError, "layers.9.*does not exist"),
+        (
+            {"model.layers.9.self_attn.q_proj": (2, 32)},
+            {},
+            WeightsError,
+            "layers.9.*does not exist",
+        ),
         ({Q: (2, 32)}, {"peft_type": "IA3"}, ArchitectureError, "IA3"),
         ({Q: (2, 32)}, {"use_dora": True}, ArchitectureError, "DoRA"),
         ({Q: (2, 32)}, {"bias": "all"}, ArchitectureError, "bias"),
@@ -197,6 +202,8 @@ def test_refusals(base, tmp_path):
         model.save(tmp_path / "y")
     with pytest.raises(UnsupportedError, match="merge"):
         model.pack()
-    path = write(tmp_path / "a", {f"{Q}.lora_A": torch.zeros(2, 32), f"{Q}.lora_B": torch.zeros(32, 2)})
+    path = write(
+        tmp_path / "a", {f"{Q}.lora_A": torch.zeros(2, 32), f"{Q}.lora_B": torch.zeros(32, 2)}
+    )
     with pytest.raises(UnsupportedError, match=r"before pack\(\)"):
         load_lora(merge_lora(model).pack(), path)

@@ -1,4 +1,6 @@
-"""Our transformer against transformers, family by family: logits, gradients, and checkpoints both ways."""
+"""Our transformer against transformers, family by family: logits, gradients, and checkpoints both
+ways.
+"""
 
 import json
 
@@ -87,7 +89,9 @@ def test_gradients(checkpoint):
 
 
 def test_old_rope_keys(tmp_path):
-    """rope_theta and rope_scaling of files before transformers 5, with ``type`` or ``rope_type``."""
+    """rope_theta and rope_scaling of files before transformers 5, with ``type`` or
+    ``rope_type``.
+    """
     new = reference("llama", **CASES["llama-llama3"][1]).config.to_dict()
     old = {k: v for k, v in new.items() if k != "rope_parameters"}
     params = dict(new["rope_parameters"])

@@ -5,7 +5,8 @@ import random
 
 import pytest
 import transformers
-from tokenizers import AddedToken, Tokenizer as Backend, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
 from tokenizers.processors import TemplateProcessing
 
 from stretto.errors import (
@@ -19,7 +20,8 @@ from stretto.models.config import ModelConfig
 from stretto.models.tokenizer import Tokenizer
 
 CHATML = (
-    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{{ m['content'] }}<|im_end|>\n"
     "{% endfor %}{% if tools %}{{ tools | tojson(indent=1) }}{% endif %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -46,13 +48,27 @@ def byte_level() -> Backend:
 
 def byte_fallback() -> Backend:
     """Sentencepiece style: words with a leading mark, unknown characters as bytes."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁hello", "▁wor", "ld", "▁"]
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{i:02X}>" for i in range(256)),
+        "▁hello",
+        "▁wor",
+        "ld",
+        "▁",
+    ]
     out = Backend(
         models.Unigram([(p, -1.0 - i / 100) for i, p in enumerate(pieces)], 0, byte_fallback=True)
     )
     out.pre_tokenizer = pre_tokenizers.Metaspace()
     out.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     return out
 
@@ -71,11 +87,17 @@ def path(tmp_path):
 
 
 def random_text(rng):
-    pools = ["hello world ", "é☃", "\U0001f600\U0001f468‍\U0001f469", "\N{REPLACEMENT CHARACTER}", "\n "]
+    pools = [
+        "hello world ",
+        "é☃",
+        "\U0001f600\U0001f468‍\U0001f469",
+        "\N{REPLACEMENT CHARACTER}",
+        "\n ",
+    ]
     return "".join(rng.choice(rng.choice(pools)) for _ in range(rng.randint(1, 40)))
 
 
-# ------------------------------------------------------------------------------------------ ids
+# --- ids
 
 
 def test_ids(path):
@@ -122,7 +144,7 @@ def test_added_token_beyond_a_hole(path):
     assert t.decode([t.token_id("<far>")], skip_special_tokens=False) == "<far>"
 
 
-# ------------------------------------------------------------------------------------------ bit by bit
+# --- bit by bit
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -176,7 +198,7 @@ def test_special_tokens_in_the_stream(path):
         assert got == t.decode(ids, skip_special_tokens=skip)
 
 
-# ------------------------------------------------------------------------------------------ chat
+# --- chat
 
 
 TOOLS = [{"type": "function", "function": {"name": "é", "parameters": {"b": 1, "a": 2}}}]
@@ -221,7 +243,11 @@ def test_special_tokens_map(path):
     ("template", "error", "message"),
     [
         ("{% if %}", CheckpointError, "line 1"),
-        ("{{ raise_exception('only one system message') }}", PromptError, "only one system message"),
+        (
+            "{{ raise_exception('only one system message') }}",
+            PromptError,
+            "only one system message",
+        ),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", PromptError, "refuses"),
         ("{{ messages.append(1) }}", PromptError, "refuses"),
         ("{{ messages[9].role }}", PromptError, "refuses"),
@@ -238,7 +264,7 @@ def test_strftime_now(path):
     assert int(Tokenizer(path).chat(MESSAGES)) >= 2020
 
 
-# ------------------------------------------------------------------------------------------ bad files
+# --- bad files
 
 
 def test_no_template(tmp_path):

@@ -50,7 +50,7 @@ class Letters:
         return ""
 
 
-def engine(net: Transformer, *, slots: int = 4096, backend: str = "torch", stop=(EOS,), plan=False, **options):
+def engine(net: Transformer, *, slots: int = 4096, backend: str = "auto", stop=(EOS,), plan=False, **options):
     runner = Runner(net, slots=slots, backend=backend)
 
     def open_runner(name: str) -> Runner:

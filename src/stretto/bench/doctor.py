@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from stretto.errors import OptionError, StrettoError
-from stretto.zoo.models import available
+from stretto.zoo.models import available, resolve
 
 __all__ = ["doctor"]
 
@@ -52,8 +52,8 @@ def doctor(threads: int | None = None) -> dict[str, Any]:
     for extra, module in EXTRAS.items():
         found = importlib.util.find_spec(module) is not None
         add(f"extra {extra}", lambda f=found, m=module: (f, m if f else f"{m} is not installed"))
-    for name, folder in available().items():
-        add(f"zoo:{name}", lambda f=folder: _model(f))
+    for name in available():
+        add(f"zoo:{name}", lambda n=name: _model(resolve(f"zoo:{n}")))
     needed = ("python", "torch", *(f"zoo:{n}" for n in available()))
     return {"ok": all(c["ok"] for c in checks if c["name"] in needed), "checks": checks}
 
@@ -93,7 +93,7 @@ def _native() -> tuple[bool, str]:
     from stretto.models.config import ModelConfig
     from stretto.models.native import NativeForward
 
-    folder = next(iter(available().values()), None)
+    folder = next((resolve(f"zoo:{n}") for n in available()), None)
     if folder is None:
         return False, "no model to ask for"
     from stretto.models.checkpoint import load_config

@@ -44,20 +44,45 @@ _ALL = (
 MODELS: dict[str, ZooModel] = {m.name: m for m in _ALL}
 
 
-def resolve(name: str) -> Path:
-    """The folder of ``zoo:NAME`` (the prefix may be left out).
+def resolve(model: str | Path) -> Path:
+    """The directory of "zoo:NAME", of a path, or of a hub id ("owner/name", fetched by huggingface-hub).
 
-    Raises UnknownNameError for another name, CheckpointError when its weights are not there.
+    Raises UnknownNameError for a zoo name that does not exist, CheckpointError for anything that is not there.
     """
-    bare = name.removeprefix(PREFIX)
-    if bare not in MODELS:
-        raise UnknownNameError("zoo model", name, [PREFIX + m for m in MODELS])
-    model = MODELS[bare]
+    name = str(model)
+    if name.startswith(PREFIX):
+        return _zoo(name.removeprefix(PREFIX))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{name} is a file: give the directory that holds config.json")
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return _fetch(name)
+    raise CheckpointError(
+        f"there is no model {name!r}: give a directory in Hugging Face layout, a hub id (owner/name), or one of "
+        f"{', '.join(PREFIX + n for n in MODELS)}"
+    )
+
+
+def _zoo(name: str) -> Path:
+    if name not in MODELS:
+        raise UnknownNameError("zoo model", PREFIX + name, [PREFIX + m for m in MODELS])
+    model = MODELS[name]
     if not (model.folder / "config.json").exists():
         raise CheckpointError(
-            f"{PREFIX}{bare} has no weights in {model.folder}: make them with `stretto train {model.recipe}`"
+            f"{PREFIX}{name} has no weights in {model.folder}: make them with 'stretto train {model.recipe}'"
         )
     return model.folder
+
+
+def _fetch(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
+    except Exception as e:  # the library raises many kinds; the reason is what counts
+        raise CheckpointError(f"{name} could not be fetched from the hub: {e}") from e
 
 
 def available() -> list[str]:
@@ -67,4 +92,4 @@ def available() -> list[str]:
 
 def training_record(name: str) -> dict[str, Any]:
     """``training.json`` of a model: recipe, steps, tokens, minutes, loss, machine, date."""
-    return json.loads((resolve(name) / "training.json").read_text())
+    return json.loads((_zoo(name.removeprefix(PREFIX)) / "training.json").read_text())
