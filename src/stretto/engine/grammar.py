@@ -11,6 +11,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,8 @@ from stretto.errors import MissingExtraError, OptionError
 
 __all__ = ["compile_constraint"]
 
+JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as json.dumps writes
+
 
 class _Grammar:
     """llguidance's matcher for one sequence. ``tokens`` on a path are consumed and rolled back."""
@@ -28,38 +31,26 @@ class _Grammar:
         self._matcher, self._n, self._stop_ids = matcher, vocabulary, list(stop_ids)
 
     def mask(self, path: Seq[int]) -> Tensor:
-        matcher, taken = self._matcher, 0
+        matcher = self._matcher
+        taken = 0 if matcher.is_stopped() else matcher.try_consume_tokens([int(t) for t in path])
         try:
-            for token in path:
-                if matcher.is_stopped() or not matcher.consume_token(int(token)):
-                    break
-                taken += 1
             if taken < len(path) or matcher.is_stopped():
                 return self._only_stop()
             bits = matcher.compute_bitmask()
         finally:
             if taken:
                 matcher.rollback(taken)
-        words = torch.frombuffer(bytearray(bits), dtype=torch.uint8)
-        flags = (words.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)) & 1
-        return _fit(flags.flatten().bool(), self._n)
+        flags = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")[: self._n]
+        return torch.from_numpy(np.pad(flags, (0, self._n - len(flags))).astype(bool))
 
     def advance(self, tokens: Seq[int]) -> None:
-        for token in tokens:
-            if self._matcher.is_stopped():
-                return
-            self._matcher.consume_token(int(token))
+        if not self._matcher.is_stopped():
+            self._matcher.try_consume_tokens([int(t) for t in tokens])
 
     def _only_stop(self) -> Tensor:
         out = torch.zeros(self._n, dtype=torch.bool)
         out[self._stop_ids] = True
         return out
-
-
-def _fit(mask: Tensor, n: int) -> Tensor:
-    if len(mask) >= n:
-        return mask[:n]
-    return torch.cat([mask, torch.zeros(n - len(mask), dtype=torch.bool)])
 
 
 def compile_constraint(
@@ -80,7 +71,7 @@ def compile_constraint(
             grammar = llguidance.LLMatcher.grammar_from_regex(value)
         else:
             schema = json.loads(value) if isinstance(value, str) else value
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(schema)
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, defaults=JSON_STYLE)
         shared = _vocabulary(tokenizer, llguidance, stop_ids)
         probe = llguidance.LLMatcher(shared, grammar)
     except (ValueError, TypeError) as e:
