@@ -1,7 +1,9 @@
-"""Checkpoints in the Hugging Face layout, both ways: ``load`` streams tensor by tensor, ``save`` is atomic.
+"""Checkpoints in the Hugging Face layout, both ways: ``load`` streams tensor by tensor, ``save`` is
+atomic.
 
-A directory holds config.json, ``model.safetensors`` (or shards and ``model.safetensors.index.json``), and perhaps
-generation_config.json and tokenizer files. Every problem with the tensors is listed in one WeightsError.
+A directory holds config.json, ``model.safetensors`` (or shards and
+``model.safetensors.index.json``), and perhaps generation_config.json and tokenizer files. Every
+problem with the tensors is listed in one WeightsError.
 """
 
 from __future__ import annotations
@@ -17,31 +19,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from stretto.errors import CheckpointError, OptionError, UnsupportedError, WeightsError
 from stretto.models.config import ModelConfig
 from stretto.models.names import Piece, ignorable, pieces
+from stretto.models.store import DTYPES, INDEX, WEIGHTS, Store, listed, read_json
 from stretto.models.transformer import Transformer
 
 __all__ = ["Source", "auto_dtype", "load", "load_config", "save"]
 
-CONFIG, GENERATION, WEIGHTS = "config.json", "generation_config.json", "model.safetensors"
-INDEX = "model.safetensors.index.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model", "chat_template.jinja",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
 )
 SHARD_BYTES = 5_000_000_000
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-}
 NAMED_DTYPES = {
-    "float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
 }
-MAX_LISTED = 12
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,9 @@ class Source:
 
 
 def auto_dtype(device: str | torch.device = "cpu") -> torch.dtype:
-    """bfloat16 on CUDA and on processors that multiply it natively (AMX, AVX512-BF16), else float32."""
+    """bfloat16 on CUDA and on processors that multiply it natively (AMX, AVX512-BF16), else
+    float32.
+    """
     if torch.device(device).type != "cpu":
         return torch.bfloat16
     native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
@@ -61,24 +69,29 @@ def auto_dtype(device: str | torch.device = "cpu") -> torch.dtype:
 
 
 def load_config(path: str | os.PathLike) -> ModelConfig:
-    """The config of the checkpoint in directory ``path``; its stop ids include those of generation_config.json."""
+    """The config of the checkpoint in directory ``path``; its stop ids include those of
+    generation_config.json.
+    """
     path = _directory(path)
-    config = ModelConfig.from_hf(_json(path / CONFIG))
+    config = ModelConfig.from_hf(read_json(path / CONFIG))
     stops = list(config.eos_token_ids)
     if (path / GENERATION).exists():
-        more = _json(path / GENERATION).get("eos_token_id")
+        more = read_json(path / GENERATION).get("eos_token_id")
         more = more if isinstance(more, list) else [] if more is None else [more]
         stops += [t for t in more if t not in stops]
     return replace(config, stop_token_ids=tuple(stops))
 
 
 def load(
-    path: str | os.PathLike, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu",
+    path: str | os.PathLike,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
 ) -> Transformer:
-    """The model in directory ``path``. ``dtype``: "auto" (see ``auto_dtype``), or a name or torch dtype.
+    """The model in directory ``path``. ``dtype``: "auto" (see ``auto_dtype``), or a name or torch
+    dtype.
 
-    Raises CheckpointError for missing or unreadable files, ArchitectureError for what is not covered, and
-    WeightsError with every missing, unexpected, misshapen or NaN tensor.
+    Raises CheckpointError for missing or unreadable files, ArchitectureError for what is not
+    covered, and WeightsError with every missing, unexpected, misshapen or NaN tensor.
     """
     path = _directory(path)
     if device == "auto":
@@ -87,7 +100,7 @@ def load(
     config = load_config(path)
     model = Transformer(config, dtype=dtype, device="meta")
     with ExitStack() as stack:
-        store = _Store(path, stack)
+        store = Store(path, stack)
         plan = {name: _plan(name, p, store, config) for name, p in model.named_parameters()}
         _check(model, plan, store, config)
         for name, parts in plan.items():
@@ -97,13 +110,17 @@ def load(
 
 
 def save(
-    model: Transformer, path: str | os.PathLike, *, dtype: str | torch.dtype | None = None,
+    model: Transformer,
+    path: str | os.PathLike,
+    *,
+    dtype: str | torch.dtype | None = None,
     max_shard_size: int = SHARD_BYTES,
 ) -> None:
-    """Write ``model`` as a checkpoint that transformers reads. An existing checkpoint at ``path`` is replaced whole.
+    """Write ``model`` as a checkpoint that transformers reads. An existing checkpoint at ``path``
+    is replaced whole.
 
-    ``dtype`` None keeps the dtype each tensor had in its source checkpoint (unmodified tensors come back byte for
-    byte), or the model's own. ``max_shard_size`` in bytes.
+    ``dtype`` None keeps the dtype each tensor had in its source checkpoint (unmodified tensors come
+    back byte for byte), or the model's own. ``max_shard_size`` in bytes.
     """
     path = Path(path)
     _saveable(model)
@@ -125,62 +142,21 @@ def save(
         raise
 
 
-# ---------------------------------------------------------------------------------------------------- reading
+# --- reading
 
 
-class _Store:
-    """The tensors of a checkpoint directory by name, whatever files they lie in. Files close with ``stack``."""
-
-    def __init__(self, path: Path, stack: ExitStack):
-        self.path = path
-        self._files: dict[str, Any] = {}
-        self.where: dict[str, str] = {}  # tensor -> file name
-        for file in self._file_names():
-            handle = self._open(file, stack)
-            self._files[file] = handle
-            self.where |= dict.fromkeys(handle.keys(), file)
-        slices = {name: self._files[file].get_slice(name) for name, file in self.where.items()}
-        self.shapes = {name: tuple(s.get_shape()) for name, s in slices.items()}
-        self.kinds = {name: s.get_dtype() for name, s in slices.items()}
-        self.dtypes = {name: DTYPES[k] for name, k in self.kinds.items() if k in DTYPES}
-
-    def _file_names(self) -> list[str]:
-        if (self.path / INDEX).exists():
-            weight_map = _json(self.path / INDEX).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise WeightsError(f"{self.path / INDEX} holds no weight_map")
-            files = sorted(set(weight_map.values()))
-            missing = [f for f in files if not (self.path / f).exists()]
-            if missing:
-                raise WeightsError(f"{self.path} lacks {_listed(missing)}, which {INDEX} names")
-            return files
-        if (self.path / WEIGHTS).exists():
-            return [WEIGHTS]
-        found = sorted(p.name for p in self.path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
-        hint = f"; {', '.join(found)} cannot be read: convert to safetensors" if found else ""
-        raise WeightsError(f"{self.path} has neither {WEIGHTS} nor {INDEX}{hint}")
-
-    def _open(self, file: str, stack: ExitStack) -> Any:
-        try:
-            return stack.enter_context(safe_open(self.path / file, framework="pt"))
-        except (SafetensorError, OSError) as e:
-            raise WeightsError(f"{self.path / file} cannot be read as safetensors: {e}") from e
-
-    def get(self, name: str) -> Tensor:
-        try:
-            return self._files[self.where[name]].get_tensor(name)
-        except (SafetensorError, OSError) as e:
-            raise WeightsError(f"tensor {name} of {self.path} cannot be read: {e}") from e
-
-
-def _plan(name: str, param: Tensor, store: _Store, config: ModelConfig) -> list[Piece]:
-    """The pieces of a parameter; a file that holds fused experts under our name is read as it is."""
+def _plan(name: str, param: Tensor, store: Store, config: ModelConfig) -> list[Piece]:
+    """The pieces of a parameter; a file that holds fused experts under our name is read as it
+    is.
+    """
     if name in store.where and ".experts." in name:
         return [Piece(name)]
     return list(pieces(name, config))
 
 
-def _check(model: Transformer, plan: dict[str, list[Piece]], store: _Store, config: ModelConfig) -> None:
+def _check(
+    model: Transformer, plan: dict[str, list[Piece]], store: Store, config: ModelConfig
+) -> None:
     """Every expected tensor is there once, in its shape, in a dtype we read; nothing else is."""
     missing, wrong, wanted = [], [], set()
     for name, parts in plan.items():
@@ -196,16 +172,22 @@ def _check(model: Transformer, plan: dict[str, list[Piece]], store: _Store, conf
                 wrong.append(f"{piece.name} has dtype {store.kinds[piece.name]}")
     extra = [n for n in store.where if n not in wanted and not ignorable(n, config)]
     parts = [
-        f"{len(names)} {what}: {_listed(names)}"
+        f"{len(names)} {what}: {listed(names)}"
         for what, names in (("missing", missing), ("misshapen", wrong), ("unexpected", extra))
         if names
     ]
     if parts:
-        raise WeightsError(f"the tensors of {store.path} do not fit its config.json; " + "; ".join(parts))
+        raise WeightsError(
+            f"the tensors of {store.path} do not fit its config.json; " + "; ".join(parts)
+        )
 
 
 def _read(
-    param: Tensor, parts: list[Piece], store: _Store, dtype: torch.dtype, device: str | torch.device,
+    param: Tensor,
+    parts: list[Piece],
+    store: Store,
+    dtype: torch.dtype,
+    device: str | torch.device,
 ) -> Tensor:
     out = None
     for piece in parts:
@@ -225,15 +207,19 @@ def _assign(model: Transformer, name: str, value: Tensor) -> None:
     setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(value))
 
 
-# ---------------------------------------------------------------------------------------------------- writing
+# --- writing
 
 
 def _saveable(model: Transformer) -> None:
     if model.packed:
-        raise UnsupportedError("a packed model cannot be saved: save before pack(), or load it again")
+        raise UnsupportedError(
+            "a packed model cannot be saved: save before pack(), or load it again"
+        )
     extra = [n for n, _ in model.named_parameters() if ".lora_" in n]
     if extra:
-        raise UnsupportedError(f"the model carries an adapter ({extra[0]}): merge it or save the adapter")
+        raise UnsupportedError(
+            f"the model carries an adapter ({extra[0]}): merge it or save the adapter"
+        )
 
 
 def _write_weights(
@@ -256,7 +242,9 @@ def _write_weights(
     _flush(buffer, folder, len(shards))
     names = [WEIGHTS]
     if len(shards) > 1:
-        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        names = [
+            f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
+        ]
         index = {
             "metadata": {"total_size": sum(sizes)},
             "weight_map": {t: f for f, tensors in zip(names, shards, strict=True) for t in tensors},
@@ -283,7 +271,7 @@ def _disk_tensors(model: Transformer, forced: torch.dtype | None) -> Iterator[tu
                 value = param.detach()[piece.index]
                 want = forced or dtypes.get(piece.name, value.dtype)
                 if forced is None and not _exact(value.dtype, want) and source.path.is_dir():
-                    store = store or _Store(source.path, stack)
+                    store = store or Store(source.path, stack)
                     original = store.get(piece.name)
                     if torch.equal(original.to(value.dtype), value.cpu()):
                         yield piece.name, original
@@ -306,7 +294,9 @@ def _write_config(model: Transformer, folder: Path, dtype: torch.dtype, *, keep:
 
 
 def _copy_extras(model: Transformer, old: Path, folder: Path) -> None:
-    """Tokenizer and generation files of the source, and whatever else lay in the directory that is replaced."""
+    """Tokenizer and generation files of the source, and whatever else lay in the directory that is
+    replaced.
+    """
     source = model.source
     if source is not None and source.path.is_dir():
         for name in (*TOKENIZER_FILES, GENERATION):
@@ -336,26 +326,16 @@ def _swap(temp: Path, path: Path) -> None:
     shutil.rmtree(old)
 
 
-# ---------------------------------------------------------------------------------------------------- helpers
+# --- helpers
 
 
 def _directory(path: str | os.PathLike) -> Path:
     path = Path(path)
     if not path.is_dir():
-        raise CheckpointError(f"{path} is not a directory: give a folder with {CONFIG} and {WEIGHTS}")
+        raise CheckpointError(
+            f"{path} is not a directory: give a folder with {CONFIG} and {WEIGHTS}"
+        )
     return path
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise CheckpointError(f"{file.parent} has no {file.name}") from e
-    except (OSError, ValueError) as e:
-        raise CheckpointError(f"{file} cannot be read as JSON: {e}") from e
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{file} must hold a JSON object, not {type(data).__name__}")
-    return data
 
 
 def _dump(file: Path, data: dict[str, Any]) -> None:
@@ -369,8 +349,3 @@ def _dtype(dtype: str | torch.dtype, device: str | torch.device) -> torch.dtype:
     if found is None:
         raise OptionError("dtype", dtype, f"auto, {', '.join(NAMED_DTYPES)}")
     return found
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-    return ", ".join(names[:MAX_LISTED]) + more

@@ -1,7 +1,7 @@
-"""What a model is: one frozen record read from, and written to, Hugging Face ``config.json``.
+"""What a model is: one frozen record. ``hf_config`` reads and writes it as ``config.json``.
 
-Families are rows of ``families.FAMILIES``; nothing here or in the transformer asks for a family by name.
-Source of the keys: the published config files of each family; defaults are those of transformers 5.
+Families are rows of ``families.FAMILIES``; nothing here or in the transformer asks for a family by
+name.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from stretto.errors import ArchitectureError
-from stretto.models.families import FAMILIES, Family, family_of
+from stretto.models.families import FAMILIES, Family
 
-__all__ = ["ModelConfig", "MoEConfig", "RopeConfig"]
+__all__ = ["MoEConfig", "ModelConfig", "RopeConfig"]
 
 ATTENTION_KINDS = ("causal", "full", "block")
 ROPE_NEEDS: dict[str, tuple[str, ...]] = {
@@ -28,7 +28,8 @@ ROPE_NEEDS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding: ``type`` one of default, linear, dynamic, yarn, llama3, longrope; ``theta`` its base.
+    """Rotary embedding: ``type`` one of default, linear, dynamic, yarn, llama3, longrope; ``theta``
+    its base.
 
     ``params``: the numbers of that type under their Hugging Face keys (factor, beta_fast, ...).
     ``fp32``: rotate in float32 and cast back (LLaDA).
@@ -44,8 +45,9 @@ class RopeConfig:
 class MoEConfig:
     """Routed feed-forward: ``experts`` of ``intermediate_size``, ``top_k`` of them a row.
 
-    ``renormalize``: divide the chosen weights by their sum. ``cast``: round the weights to the model dtype before
-    the product (qwen3_moe does, mixtral keeps float32). ``sparse``: which layers are routed.
+    ``renormalize``: divide the chosen weights by their sum. ``cast``: round the weights to the
+    model dtype before the product (qwen3_moe does, mixtral keeps float32). ``sparse``: which layers
+    are routed.
     """
 
     experts: int
@@ -58,13 +60,15 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The facts of one transformer. ``H`` hidden, ``I`` intermediate, ``L`` layers, ``V`` vocabulary rows.
+    """The facts of one transformer. ``H`` hidden, ``I`` intermediate, ``L`` layers, ``V``
+    vocabulary rows.
 
-    ``windows[l]``: sliding window of layer l in tokens, None = unlimited; key j is visible to query i iff
-    i - w < j. ``attention``: "causal", "full" (all rows see each other) or "block" (rows see all blocks of
-    ``block_size`` up to their own). ``shift``: logits of position i - 1 predict position i also for masked rows.
-    ``stop_token_ids``: every id that ends a sequence (eos, and those of generation_config.json).
-    ``source``: the ``config.json`` this came from, kept so that saving returns it.
+    ``windows[l]``: sliding window of layer l in tokens, None = unlimited; key j is visible to query
+    i iff i - w < j. ``attention``: "causal", "full" (all rows see each other) or "block" (rows see
+    all blocks of ``block_size`` up to their own). ``shift``: logits of position i - 1 predict
+    position i also for masked rows. ``stop_token_ids``: every id that ends a sequence (eos, and
+    those of generation_config.json). ``source``: the ``config.json`` this came from, kept so that
+    saving returns it.
     """
 
     model_type: str
@@ -109,16 +113,20 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, data: Mapping[str, Any]) -> ModelConfig:
-        """Read a ``config.json``. Raises ArchitectureError for what this transformer does not cover."""
-        return _Reader(data).config()
+        """Read a ``config.json``. Raises ArchitectureError for what this transformer does not
+        cover.
+        """
+        from stretto.models.hf_config import read
+
+        return read(data)
 
     def to_hf(self) -> dict[str, Any]:
-        """The ``config.json`` of this model: the source file's keys where they still hold, else fresh ones."""
-        if self.source:
-            if ModelConfig.from_hf(self.source) == self:
-                return dict(self.source)
-            return _patched(self)
-        return _fresh(self)
+        """The ``config.json`` of this model: the source file's keys where they still hold, else
+        fresh ones.
+        """
+        from stretto.models.hf_config import write
+
+        return write(self)
 
     def changed(self, **changes: Any) -> ModelConfig:
         """A copy with some fields replaced."""
@@ -126,7 +134,13 @@ class ModelConfig:
 
 
 def _check(c: ModelConfig) -> None:
-    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim"):
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "head_dim",
+    ):
         if getattr(c, name) < 1:
             raise ArchitectureError(f"{name}={getattr(c, name)}: must be at least 1")
     if c.num_key_value_heads < 1 or c.num_attention_heads % c.num_key_value_heads:
@@ -137,7 +151,9 @@ def _check(c: ModelConfig) -> None:
     if c.head_dim % 2:
         raise ArchitectureError(f"head_dim={c.head_dim}: rotary embeddings need an even number")
     if c.attention not in ATTENTION_KINDS:
-        raise ArchitectureError(f"attention={c.attention!r}: allowed are {', '.join(ATTENTION_KINDS)}")
+        raise ArchitectureError(
+            f"attention={c.attention!r}: allowed are {', '.join(ATTENTION_KINDS)}"
+        )
     if c.block_size < 1:
         raise ArchitectureError(f"block_size={c.block_size}: must be at least 1")
     if len(c.windows) != c.num_hidden_layers:
@@ -149,235 +165,12 @@ def _check(c: ModelConfig) -> None:
     lacking = [k for k in ROPE_NEEDS[c.rope.type] if c.rope.params.get(k) is None]
     if lacking:
         raise ArchitectureError(f"rope type {c.rope.type!r} needs {', '.join(lacking)}")
-    for what, token in (("bos", c.bos_token_id), ("pad", c.pad_token_id), ("mask", c.mask_token_id)):
-        if token is not None and token >= c.vocab_size:
-            raise ArchitectureError(f"{what}_token_id={token} is outside the vocabulary of {c.vocab_size}")
-
-
-class _Reader:
-    """Reads one config.json with the keys and defaults of its family."""
-
-    def __init__(self, data: Mapping[str, Any]):
-        self.data = data
-        if data.get("quantization_config"):
-            method = data["quantization_config"].get("quant_method", "unknown")
-            raise ArchitectureError(
-                f"quantized checkpoints ({method}) are not supported: load the unquantized model"
-            )
-        self.model_type, self.family = family_of(data)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """The value of canonical ``name``, under any of the keys that the family uses for it."""
-        for key in (*self.family.keys.get(name, ()), name):
-            if self.data.get(key) is not None:
-                return self.data[key]
-        return self.family.defaults.get(name, default)
-
-    def need(self, name: str) -> Any:
-        value = self.get(name)
-        if value is None:
-            keys = " or ".join((*self.family.keys.get(name, ()), name))
-            raise ArchitectureError(f"config.json of model_type {self.model_type!r} lacks {keys}")
-        return value
-
-    def number(self, name: str, default: float | None = None, kind: type = int) -> Any:
-        """The value of canonical ``name`` as an int (or ``kind``); it must exist unless there is a default."""
-        value = self.get(name, default) if default is not None else self.need(name)
-        try:
-            return kind(value)
-        except (TypeError, ValueError) as e:
-            raise ArchitectureError(f"{name}={value!r} in config.json is not a number") from e
-
-    def config(self) -> ModelConfig:
-        self._refuse()
-        family, extra = self.family, self.data.get("stretto") or {}
-        hidden, heads = self.number("hidden_size"), self.number("num_attention_heads")
-        layers = self.number("num_hidden_layers")
-        eos = self.data.get("eos_token_id")
-        return ModelConfig(
-            model_type=self.model_type,
-            vocab_size=self.number("vocab_size"),
-            hidden_size=hidden,
-            intermediate_size=self._intermediate(hidden),
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=self.number("num_key_value_heads", heads),
-            head_dim=self.number("head_dim", hidden // max(heads, 1)),
-            rms_norm_eps=self.number("rms_norm_eps", 1e-6, float),
-            max_position_embeddings=self.number("max_position_embeddings", 2048),
-            tie_word_embeddings=bool(self.get("tie_word_embeddings", False)),
-            rope=self._rope(),
-            qkv_bias=self._flag(family.qkv_bias),
-            o_bias=self._flag(family.o_bias),
-            mlp_bias=self._flag(family.mlp_bias),
-            qk_norm=self._flag(family.qk_norm),
-            windows=self._windows(layers),
-            moe=self._moe(layers),
-            attention=extra.get("attention", family.attention),
-            block_size=int(extra.get("block_size", self.data.get("block_size") or family.block_size)),
-            shift=bool(extra.get("shift", family.shift)),
-            bos_token_id=self.data.get("bos_token_id"),
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-            pad_token_id=self.data.get("pad_token_id"),
-            mask_token_id=extra.get("mask_token_id", self.get("mask_token_id")),
-            dtype=self.data.get("dtype") or self.data.get("torch_dtype"),
-            source=dict(self.data),
-        )
-
-    def _refuse(self) -> None:
-        act = self.get("hidden_act", "silu")
-        if act not in ("silu", "swish"):
-            raise ArchitectureError(f"hidden_act={act!r} is not supported: only silu")
-        for key in self.family.must_be_false:
-            if self.data.get(key):
-                raise ArchitectureError(f"{key}={self.data[key]!r} is not supported for {self.model_type}")
-
-    def _flag(self, rule: bool | str) -> bool:
-        """A family's flag is fixed, or the name of the key that holds it."""
-        return bool(self.data.get(rule, False)) if isinstance(rule, str) else rule
-
-    def _intermediate(self, hidden: int) -> int:
-        value = self.get("intermediate_size")
-        if value is None and self.data.get("mlp_ratio"):
-            value = self.data["mlp_ratio"] * hidden
-        return int(value) if value is not None else self.number("intermediate_size")
-
-    def _rope(self) -> RopeConfig:
-        new = self.data.get("rope_parameters")
-        old = self.data.get("rope_scaling")
-        params = dict(new or old or {})
-        kind = params.pop("rope_type", None) or params.pop("type", None) or "default"
-        params.pop("type", None)
-        theta = params.pop("rope_theta", None) or self.get("rope_theta", 10000.0)
-        if params.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ArchitectureError("partial_rotary_factor other than 1 is not supported")
-        params.pop("partial_rotary_factor", None)
-        return RopeConfig(kind, float(theta), params, self.family.rope_fp32)
-
-    def _windows(self, layers: int) -> tuple[int | None, ...]:
-        rule, size = self.family.window, self.data.get("sliding_window")
-        if rule == "always":
-            size = self.data["sliding_window"] if "sliding_window" in self.data else 4096
-            return (size,) * layers
-        if rule == "layers" and size is not None and self.data.get("use_sliding_window"):
-            types = self.data.get("layer_types")
-            if types is None:
-                first = self.data.get("max_window_layers", 28)
-                types = ["sliding_attention" if i >= first else "full" for i in range(layers)]
-            return tuple(size if t == "sliding_attention" else None for t in types)
-        return (None,) * layers
-
-    def _moe(self, layers: int) -> MoEConfig | None:
-        rule = self.family.moe
-        if rule is None:
-            return None
-        dense = set(self.data.get("mlp_only_layers") or ())
-        step = int(self.data.get("decoder_sparse_step") or 1)
-        freq = self.data.get("moe_layer_freq")
-        sparse = tuple(
-            bool(freq[i]) if isinstance(freq, list) else i not in dense and (i + 1) % step == 0
-            for i in range(layers)
-        )
-        return MoEConfig(
-            experts=self.number("num_experts"),
-            top_k=self.number("num_experts_per_tok"),
-            intermediate_size=self.number("moe_intermediate_size"),
-            renormalize=True if rule == "mixtral" else bool(self.get("norm_topk_prob", False)),
-            cast=rule != "mixtral",
-            sparse=sparse,
-        )
-
-
-def _rope_hf(c: ModelConfig) -> dict[str, Any]:
-    return {"rope_type": c.rope.type, "rope_theta": c.rope.theta, **c.rope.params}
-
-
-def _stretto_section(c: ModelConfig) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    family = c.family
-    if (c.attention, c.block_size, c.shift) != (family.attention, family.block_size, family.shift):
-        out = {"attention": c.attention, "block_size": c.block_size, "shift": c.shift}
-    if c.mask_token_id is not None and c.mask_token_id != family.defaults.get("mask_token_id"):
-        out["mask_token_id"] = c.mask_token_id
-    return out
-
-
-def _fresh(c: ModelConfig) -> dict[str, Any]:
-    """Every key from scratch, in the family's own words."""
-    family = c.family
-    plain = {
-        k: getattr(c, k)
-        for k in (
-            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings",
-            "tie_word_embeddings",
-        )
-    }
-    out: dict[str, Any] = {"model_type": family.model_type or c.model_type}
-    out["architectures"] = [family.architecture]
-    out |= {(family.keys.get(k) or (k,))[0]: v for k, v in plain.items()}
-    out["hidden_act"] = "silu"
-    for rule, value in (
-        (family.qkv_bias, c.qkv_bias), (family.mlp_bias, c.mlp_bias), (family.qk_norm, c.qk_norm),
+    for what, token in (
+        ("bos", c.bos_token_id),
+        ("pad", c.pad_token_id),
+        ("mask", c.mask_token_id),
     ):
-        if isinstance(rule, str):
-            out[rule] = value
-    if family.rope_style == "old":
-        out |= {"rope_theta": c.rope.theta}
-    else:
-        out["rope_parameters"] = _rope_hf(c)
-    out |= _window_keys(c) | _moe_keys(c)
-    for what in ("bos", "pad", "mask"):
-        token = getattr(c, f"{what}_token_id")
-        if token is not None:
-            out[f"{what}_token_id"] = token
-    eos = list(c.eos_token_ids)
-    out["eos_token_id"] = (eos[0] if len(eos) == 1 else eos) if eos else None
-    out["dtype"] = c.dtype or "float32"
-    section = _stretto_section(c)
-    return out | ({"stretto": section} if section else {})
-
-
-def _window_keys(c: ModelConfig) -> dict[str, Any]:
-    sizes = {w for w in c.windows if w is not None}
-    if c.family.window == "always":
-        return {"sliding_window": c.windows[0]}
-    if not sizes:
-        return {}
-    types = ["full_attention" if w is None else "sliding_attention" for w in c.windows]
-    return {
-        "use_sliding_window": True, "sliding_window": sizes.pop(), "layer_types": types,
-        "max_window_layers": types.index("sliding_attention"),
-    }
-
-
-def _moe_keys(c: ModelConfig) -> dict[str, Any]:
-    if c.moe is None:
-        return {}
-    keys = c.family.keys
-    out = {
-        keys.get("num_experts", ("num_experts",))[0]: c.moe.experts,
-        "num_experts_per_tok": c.moe.top_k,
-        keys.get("moe_intermediate_size", ("moe_intermediate_size",))[0]: c.moe.intermediate_size,
-    }
-    if c.family.moe != "mixtral":
-        out["norm_topk_prob"] = c.moe.renormalize
-        out["mlp_only_layers"] = [i for i, s in enumerate(c.moe.sparse) if not s]
-        out["decoder_sparse_step"] = 1
-    return out
-
-
-def _patched(c: ModelConfig) -> dict[str, Any]:
-    """The source file with the keys of the changed fields replaced by fresh ones."""
-    was, fresh = ModelConfig.from_hf(c.source), _fresh(c)
-    out = dict(c.source)
-    old_fresh = _fresh(was)
-    for key in fresh.keys() | old_fresh.keys():
-        if fresh.get(key) != old_fresh.get(key):
-            if key == "stretto":
-                out[key] = {**out.get(key, {}), **fresh.get(key, {})}
-            elif key in fresh:
-                out[key] = fresh[key]
-            else:
-                out.pop(key, None)
-    return out
+        if token is not None and token >= c.vocab_size:
+            raise ArchitectureError(
+                f"{what}_token_id={token} is outside the vocabulary of {c.vocab_size}"
+            )

@@ -1,7 +1,7 @@
 """Attention contexts: who sees whom, and where keys and values live.
 
-Legend: n rows, A heads, G kv heads (R = A/G query heads share one), D head_dim, L layers, S slots. Masks are bool,
-True = visible. ``attend`` gets q and k already rotated.
+Legend: n rows, A heads, G kv heads (R = A/G query heads share one), D head_dim, L layers, S slots.
+Masks are bool, True = visible. ``attend`` gets q and k already rotated.
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ if TYPE_CHECKING:
     from stretto.models.config import ModelConfig
     from stretto.models.transformer import Transformer
 
-__all__ = ["AttentionContext", "PackedContext", "PoolContext", "forward_batch", "packed", "plain_logits"]
+__all__ = [
+    "AttentionContext",
+    "PackedContext",
+    "PoolContext",
+    "forward_batch",
+    "packed",
+    "plain_logits",
+]
 
 Kind = str | tuple[str, int] | Tensor
 
@@ -38,13 +45,18 @@ class AttentionContext(Protocol):
 class PackedContext:
     """Segments of ``lengths`` rows side by side, without a cache: training and scoring.
 
-    ``kind``: "causal", "full", ("block", B) = causal over blocks of B rows and full inside one, or a bool mask:
-    [t, t] for each of the segments (all of length t), [b, t, t] one for each, or [n, n] over all rows. ``windows``:
-    sliding window per layer in rows (None = unlimited); the rows of a segment are then consecutive positions.
+    ``kind``: "causal", "full", ("block", B) = causal over blocks of B rows and full inside one, or
+    a bool mask: [t, t] for each of the segments (all of length t), [b, t, t] one for each, or [n,
+    n] over all rows. ``windows``: sliding window per layer in rows (None = unlimited); the rows of
+    a segment are then consecutive positions.
     """
 
     def __init__(
-        self, lengths: Sequence[int], kind: Kind = "causal", *, windows: Sequence[int | None] = (),
+        self,
+        lengths: Sequence[int],
+        kind: Kind = "causal",
+        *,
+        windows: Sequence[int | None] = (),
         device: str | torch.device = "cpu",
     ):
         self.lengths = [int(t) for t in lengths]
@@ -55,7 +67,9 @@ class PackedContext:
         self._spans = [(self.lengths, None)]
         if isinstance(kind, Tensor):
             self._check_mask(kind)
-        elif kind not in ("causal", "full") and not (isinstance(kind, tuple) and kind[0] == "block"):
+        elif kind not in ("causal", "full") and not (
+            isinstance(kind, tuple) and kind[0] == "block"
+        ):
             raise OptionError("kind", kind, "causal, full, ('block', B) or a bool mask")
         self._whole = isinstance(kind, Tensor) and len(set(self.lengths) | {kind.shape[-1]}) > 1
         self._equal = len(set(self.lengths)) == 1 and not self._whole
@@ -65,7 +79,9 @@ class PackedContext:
         n, lengths = mask.shape[-1], set(self.lengths)
         fits = lengths == {n} or (mask.dim() == 2 and n == sum(self.lengths))
         if mask.dim() not in (2, 3) or mask.shape[-2] != n or not fits or mask.dtype != torch.bool:
-            raise OptionError("kind", f"mask {tuple(mask.shape)} of {mask.dtype}", "bool, square, of the lengths")
+            raise OptionError(
+                "kind", f"mask {tuple(mask.shape)} of {mask.dtype}", "bool, square, of the lengths"
+            )
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         window = self._windows[layer] if self._windows else None
@@ -132,7 +148,11 @@ class _Padding:
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool = False) -> Tensor:
     """[b, t, A, D], [b, m, G, D] twice, mask broadcastable to [b, A, t, m] -> [b, t, A, D]"""
     out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=causal,
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=causal,
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return out.transpose(1, 2)
@@ -140,18 +160,23 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool 
 
 @dataclass(slots=True)
 class _Group:
-    """Contexts whose rows are evaluated in one call: g of them, with r rows and m keys each (padded)."""
+    """Contexts whose rows are evaluated in one call: g of them, with r rows and m keys each
+    (padded).
+    """
 
     rows: Tensor | slice  # int64 [g * r], or the slice of the batch it is
     shape: tuple[int, int, int]  # g, r, m
     keys: Tensor | slice  # int64 [g * m] slots, or the slice of the pool it is
     visible: Tensor | None  # bool [g, r, m]; None = all
     causal: bool  # the mask is exactly lower triangular
-    distance: Tensor | None  # int32 [g, r, m]: position of the row minus that of the key (sliding windows)
+    distance: (
+        Tensor | None
+    )  # int32 [g, r, m]: position of the row minus that of the key (sliding windows)
 
 
 class PoolContext:
-    """A FlatBatch on a KVPool: writes every row's keys and values to its slot, then reads as the batch says.
+    """A FlatBatch on a KVPool: writes every row's keys and values to its slot, then reads as the
+    batch says.
 
     Index and mask tensors are built once here, not per layer.
     """
@@ -179,9 +204,13 @@ class PoolContext:
 
     @property
     def _alone(self) -> bool:
-        return len(self._groups) == 1 and isinstance(self._groups[0].rows, slice)  # then it is all rows
+        return len(self._groups) == 1 and isinstance(
+            self._groups[0].rows, slice
+        )  # then it is all rows
 
-    def _attend(self, i: int, group: _Group, layer: int, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def _attend(
+        self, i: int, group: _Group, layer: int, q: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
         g, r, m = group.shape
         gathered = [x[group.keys].to(q.dtype).view(g, m, *x.shape[1:]) for x in (keys, values)]
         rows = q[group.rows].view(g, r, *q.shape[1:])
@@ -204,7 +233,9 @@ class PoolContext:
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """As ``_sdpa`` with mask [g, r, m], but the query heads of one kv head stand as rows: keys are read once."""
+    """As ``_sdpa`` with mask [g, r, m], but the query heads of one kv head stand as rows: keys are
+    read once.
+    """
     g, r, heads, dim = q.shape
     kv = k.shape[2]
     share = heads // kv
@@ -274,7 +305,12 @@ def _merge(pool: KVPool, batch: FlatBatch, items: list[tuple], distances: bool) 
         keys[i, len(slots) :] = slots[-1]
         if visible is not None:
             visible[i, :, : len(slots)] = True if seen is None else seen
-    causal = visible is not None and g == 1 and r == m > 1 and (visible[0] == np.tri(r, dtype=bool)).all()
+    causal = (
+        visible is not None
+        and g == 1
+        and r == m > 1
+        and (visible[0] == np.tri(r, dtype=bool)).all()
+    )
     distance = None
     if distances:
         at = batch.positions[rows].reshape(g, r, 1) - pool.positions[keys][:, None, :]
@@ -296,8 +332,8 @@ def forward_batch(model: Transformer, pool: KVPool, batch: FlatBatch) -> Forward
     limit = model.rotary.cacheable
     if limit is not None and len(batch.positions) and batch.positions.max() >= limit:
         raise UnsupportedError(
-            f"position {batch.positions.max()} with rope type {model.config.rope.type!r}: its angles change from "
-            f"position {limit} on, so cached keys would be wrong"
+            f"position {batch.positions.max()} with rope type {model.config.rope.type!r}: "
+            f"its angles change from position {limit} on, so cached keys would be wrong"
         )
     tokens = torch.from_numpy(batch.tokens).to(device)
     positions = torch.from_numpy(np.asarray(batch.positions, np.int64)).to(device)
@@ -309,7 +345,12 @@ def forward_batch(model: Transformer, pool: KVPool, batch: FlatBatch) -> Forward
     tapped: dict[int, Tensor] = {}
     ctx = PoolContext(pool, batch, model.config)
     hidden = model.hidden(
-        None if embeds is not None else tokens, positions, ctx, embeds=embeds, taps=batch.taps, tapped=tapped
+        None if embeds is not None else tokens,
+        positions,
+        ctx,
+        embeds=embeds,
+        taps=batch.taps,
+        tapped=tapped,
     )
     if -1 in batch.taps:
         tapped[-1] = hidden
@@ -319,7 +360,9 @@ def forward_batch(model: Transformer, pool: KVPool, batch: FlatBatch) -> Forward
     return ForwardResult(model.logits(hidden).float(), tapped)
 
 
-def packed(config: ModelConfig, lengths: Sequence[int], *, device: str | torch.device = "cpu") -> PackedContext:
+def packed(
+    config: ModelConfig, lengths: Sequence[int], *, device: str | torch.device = "cpu"
+) -> PackedContext:
     """The context in which the model was trained: its own attention kind and windows."""
     kind: Kind = ("block", config.block_size) if config.attention == "block" else config.attention
     windows = config.windows if any(w is not None for w in config.windows) else ()
@@ -328,7 +371,9 @@ def packed(config: ModelConfig, lengths: Sequence[int], *, device: str | torch.d
 
 @torch.no_grad()
 def plain_logits(model: Transformer, ids: Sequence[int]) -> Tensor:
-    """float32 [n, V] of one text, without cache or batch: the reference that every faster path must equal."""
+    """float32 [n, V] of one text, without cache or batch: the reference that every faster path must
+    equal.
+    """
     if not len(ids):
         raise PromptError("the prompt is empty: give at least one token")
     tokens = torch.as_tensor(ids, dtype=torch.int64, device=model.device)

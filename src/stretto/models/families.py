@@ -1,6 +1,8 @@
-"""The model families: one row of facts each. A new family of this architecture is a new row, not a new class.
+"""The model families: one row of facts each. A new family of this architecture is a new row, not a
+new class.
 
-Sources: the published config and model files of each family (Apache-2.0 or MIT); see ``docs`` for the list.
+Sources: the published config and model files of each family (Apache-2.0 or MIT); see ``docs`` for
+the list.
 """
 
 from __future__ import annotations
@@ -16,12 +18,15 @@ __all__ = ["FAMILIES", "Family", "family_of"]
 
 @dataclass(frozen=True)
 class Family:
-    """Facts that a family fixes. A ``bool | str`` flag is either fixed or the name of the config key that holds it.
+    """Facts that a family fixes. A ``bool | str`` flag is either fixed or the name of the config
+    key that holds it.
 
-    ``keys``: canonical name -> the family's own keys, first choice first. ``defaults``: values where config.json has
-    none. ``window``: "always" (mistral: all layers, 4096 if absent), "layers" (qwen: only with use_sliding_window) or
-    None. ``moe``: "mixtral", "qwen" or None. ``names``: table of tensor names in ``checkpoint``. ``rope_style``: does
-    a fresh config.json hold ``rope_parameters`` ("new") or ``rope_theta`` ("old").
+    ``keys``: canonical name -> the family's own keys, first choice first. ``defaults``: values
+    where config.json has none. ``fixed``: keys that, where given, must have this value. ``window``:
+    "always" (mistral: all layers, 4096 if absent), "layers" (qwen: only with use_sliding_window) or
+    None. ``moe``: "mixtral", "qwen" or None. ``names``: table of tensor names in ``checkpoint``.
+    ``rope_style``: does a fresh config.json hold ``rope_parameters`` ("new") or ``rope_theta``
+    ("old").
     """
 
     architecture: str
@@ -39,67 +44,120 @@ class Family:
     rope_fp32: bool = False
     rope_style: str = "new"
     names: str = "hf"
-    must_be_false: tuple[str, ...] = ()
+    fixed: Mapping[str, Any] = field(default_factory=dict)
     model_type: str | None = None  # where it differs from the key of the table
 
 
 _QWEN2 = Family("Qwen2ForCausalLM", qkv_bias=True, window="layers")
 _QWEN3 = Family(
-    "Qwen3ForCausalLM", qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True, window="layers",
+    "Qwen3ForCausalLM",
+    qkv_bias="attention_bias",
+    o_bias="attention_bias",
+    qk_norm=True,
+    window="layers",
     defaults={"head_dim": 128},
 )
 _EXPERTS = {"num_experts": ("num_experts", "num_local_experts")}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(
-        "LlamaForCausalLM", qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias",
+        "LlamaForCausalLM",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        mlp_bias="mlp_bias",
     ),
     "mistral": Family("MistralForCausalLM", window="always"),
     "qwen2": _QWEN2,
     "qwen3": _QWEN3,
     "mixtral": Family(
-        "MixtralForCausalLM", moe="mixtral", names="mixtral", window="always",
+        "MixtralForCausalLM",
+        moe="mixtral",
+        names="mixtral",
+        window="always",
         keys={
-            "num_experts": ("num_local_experts",), "moe_intermediate_size": ("intermediate_size",),
+            "num_experts": ("num_local_experts",),
+            "moe_intermediate_size": ("intermediate_size",),
         },
-        defaults={"num_experts": 8, "num_experts_per_tok": 2, "rope_theta": 1e6, "rms_norm_eps": 1e-5},
+        defaults={
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "rope_theta": 1e6,
+            "rms_norm_eps": 1e-5,
+        },
     ),
     "qwen3_moe": replace(
-        _QWEN3, architecture="Qwen3MoeForCausalLM", moe="qwen", names="experts", keys=_EXPERTS, defaults={},
+        _QWEN3,
+        architecture="Qwen3MoeForCausalLM",
+        moe="qwen",
+        names="experts",
+        keys=_EXPERTS,
+        defaults={},
     ),
     "llada": Family(
-        "LLaDAModelLM", qkv_bias="include_qkv_bias", attention="full", rope_fp32=True, names="llada",
+        "LLaDAModelLM",
+        qkv_bias="include_qkv_bias",
+        attention="full",
+        rope_fp32=True,
+        names="llada",
         rope_style="old",
         keys={
-            "hidden_size": ("d_model",), "intermediate_size": ("mlp_hidden_size",),
-            "num_hidden_layers": ("n_layers",), "num_attention_heads": ("n_heads",),
-            "num_key_value_heads": ("n_kv_heads",), "max_position_embeddings": ("max_sequence_length",),
-            "tie_word_embeddings": ("weight_tying",), "hidden_act": ("activation_type",),
+            "hidden_size": ("d_model",),
+            "intermediate_size": ("mlp_hidden_size",),
+            "num_hidden_layers": ("n_layers",),
+            "num_attention_heads": ("n_heads",),
+            "num_key_value_heads": ("n_kv_heads",),
+            "max_position_embeddings": ("max_sequence_length",),
+            "tie_word_embeddings": ("weight_tying",),
+            "hidden_act": ("activation_type",),
             "vocab_size": ("embedding_size", "vocab_size"),
         },
         defaults={
-            "tie_word_embeddings": True, "rms_norm_eps": 1e-5, "mask_token_id": None,
+            "tie_word_embeddings": True,
+            "rms_norm_eps": 1e-5,
+            "mask_token_id": None,
         },
-        must_be_false=("include_bias", "attention_layer_norm", "scale_logits", "alibi"),
+        fixed={
+            "include_bias": False,
+            "attention_layer_norm": False,
+            "scale_logits": False,
+            "alibi": False,
+            "rope": True,
+            "layer_norm_type": "rms",
+            "block_type": "llama",
+        },
     ),
     "Dream": replace(_QWEN2, architecture="DreamModel", attention="full", shift=True),
     "sdar": replace(_QWEN3, architecture="SDARForCausalLM", attention="block", block_size=4),
     "Fast_dLLM_Qwen": replace(
-        _QWEN2, architecture="Fast_dLLM_QwenForCausalLM", attention="block", block_size=32, shift=True,
+        _QWEN2,
+        architecture="Fast_dLLM_QwenForCausalLM",
+        attention="block",
+        block_size=32,
+        shift=True,
     ),
     "llada_moe": Family(
-        "LLaDAMoEModelLM", qkv_bias="attention_bias", o_bias="attention_bias", qk_norm="qk_layernorm", attention="full", moe="qwen", names="experts",
+        "LLaDAMoEModelLM",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        qk_norm="qk_layernorm",
+        attention="full",
+        moe="qwen",
+        names="experts",
         keys={
-            **_EXPERTS, "moe_intermediate_size": ("expert_intermediate_size", "moe_intermediate_size"),
+            **_EXPERTS,
+            "moe_intermediate_size": ("expert_intermediate_size", "moe_intermediate_size"),
             "intermediate_size": ("dense_intermediate_size", "intermediate_size"),
         },
-        rope_style="old", model_type="llada",
+        rope_style="old",
+        model_type="llada",
     ),
 }
 
 
 def family_of(data: Mapping[str, Any]) -> tuple[str, Family]:
-    """The name and row of the family of a config.json; ArchitectureError lists the supported ones."""
+    """The name and row of the family of a config.json; ArchitectureError lists the supported
+    ones.
+    """
     kind = data.get("model_type")
     if kind in ("llada", "lladamoe") and "num_experts" in data:
         kind = "llada_moe"

@@ -1,7 +1,9 @@
-"""Linear layers for inference: weights reordered once for oneDNN, where this processor has the kernel.
+"""Linear layers for inference: weights reordered once for oneDNN, where this processor has the
+kernel.
 
-Legend: n rows, I in, O out. The packed weight replaces the plain one, so that memory is not paid twice. Measured in
-float32 on an AVX2 machine: 1 row 18 ms instead of 28, 16 rows 51 instead of 97 (whole forward of one model).
+Legend: n rows, I in, O out. The packed weight replaces the plain one, so that memory is not paid
+twice. Measured in float32 on an AVX2 machine: 1 row 18 ms instead of 28, 16 rows 51 instead of 97
+(whole forward of one model).
 """
 
 from __future__ import annotations
@@ -41,12 +43,15 @@ def _packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 class InferenceLinear(nn.Module):
     """One or several linears of the same input as one product, without gradients.
 
-    ``weights``: [O, I] each; ``biases``: [O] each, or None. Where the kernel is missing it is a plain ``F.linear``.
+    ``weights``: [O, I] each; ``biases``: [O] each, or None. Where the kernel is missing it is a
+    plain ``F.linear``.
     """
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None] = (None,)):
         super().__init__()
-        weight = torch.cat([w.detach() for w in weights]) if len(weights) > 1 else weights[0].detach()
+        weight = (
+            torch.cat([w.detach() for w in weights]) if len(weights) > 1 else weights[0].detach()
+        )
         self.bias = None if biases[0] is None else torch.cat([b.detach() for b in biases])
         self.sizes = [len(w) for w in weights]
         self.packed = weight.device.type == "cpu" and can_pack(weight.dtype)

@@ -1,4 +1,5 @@
-"""LoRA adapters in PEFT's layout, both ways: W' = W + (alpha / r) B A, merged or as a parallel path.
+"""LoRA adapters in PEFT's layout, both ways: W' = W + (alpha / r) B A, merged or as a parallel
+path.
 
 Legend: I in, O out, r rank; A is (r, I), B is (O, r). Tensor names on disk are
 ``base_model.model.<module>.lora_A.weight`` with the module names of the base checkpoint.
@@ -30,8 +31,11 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _NOT_COVERED = {
-    "use_dora": "DoRA", "fan_in_fan_out": "fan_in_fan_out", "modules_to_save": "modules_to_save",
-    "trainable_token_indices": "trainable tokens", "alora_invocation_tokens": "activated LoRA",
+    "use_dora": "DoRA",
+    "fan_in_fan_out": "fan_in_fan_out",
+    "modules_to_save": "modules_to_save",
+    "trainable_token_indices": "trainable tokens",
+    "alora_invocation_tokens": "activated LoRA",
 }
 
 
@@ -61,23 +65,37 @@ class LoRALinear(nn.Linear):
 
 
 def add_lora(
-    model: Transformer, *, rank: int, alpha: float, targets: Iterable[str] = ("q_proj", "v_proj"),
+    model: Transformer,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Iterable[str] = ("q_proj", "v_proj"),
 ) -> list[str]:
-    """Give every linear named in ``targets`` a fresh low-rank path (B = 0) and freeze the rest; their names."""
+    """Give every linear named in ``targets`` a fresh low-rank path (B = 0) and freeze the rest;
+    their names.
+    """
     unknown = sorted(set(targets) - set(TARGETS))
     if unknown or rank < 1:
-        raise UnsupportedError(f"LoRA targets {unknown or rank}: targets are {', '.join(TARGETS)}, rank >= 1")
+        raise UnsupportedError(
+            f"LoRA targets {unknown or rank}: targets are {', '.join(TARGETS)}, rank >= 1"
+        )
     model.requires_grad_(False)
-    names = [n for n, m in model.named_modules() if n.rpartition(".")[2] in set(targets) and type(m) is nn.Linear]
+    names = [
+        n
+        for n, m in model.named_modules()
+        if n.rpartition(".")[2] in set(targets) and type(m) is nn.Linear
+    ]
     for name in names:
         _replace(model, name, LoRALinear(model.get_submodule(name), rank, alpha / rank))
     return names
 
 
 def load_lora(model: Transformer, path: str | os.PathLike, *, merge: bool = True) -> list[str]:
-    """Load a PEFT adapter into ``model``: added to the weights, or (``merge=False``) as parallel paths.
+    """Load a PEFT adapter into ``model``: added to the weights, or (``merge=False``) as parallel
+    paths.
 
-    Returns the names of the adapted modules, as on disk. Raises WeightsError when shapes or names do not fit.
+    Returns the names of the adapted modules, as on disk. Raises WeightsError when shapes or names
+    do not fit.
     """
     path = Path(path)
     config = _config(path)
@@ -93,7 +111,9 @@ def load_lora(model: Transformer, path: str | os.PathLike, *, merge: bool = True
         parameter, index = plan[module]
         shape = tuple(model.get_parameter(parameter)[index].shape)
         if (len(b), a.shape[1]) != shape or len(a) != b.shape[1]:
-            problems.append(f"{module}: B {tuple(b.shape)} x A {tuple(a.shape)} does not fit W {shape}")
+            problems.append(
+                f"{module}: B {tuple(b.shape)} x A {tuple(a.shape)} does not fit W {shape}"
+            )
         elif not merge and index != ():
             problems.append(f"{module}: adapters of experts can only be merged")
     if problems:
@@ -114,10 +134,14 @@ def merge_lora(model: Transformer) -> Transformer:
 
 
 def save_lora(model: Transformer, path: str | os.PathLike, *, base: str = "") -> None:
-    """Write the parallel paths as a PEFT adapter. ``base``: what to note as the base model's name or path."""
+    """Write the parallel paths as a PEFT adapter. ``base``: what to note as the base model's name
+    or path.
+    """
     found = {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
     if not found:
-        raise UnsupportedError("the model carries no adapter: add_lora() or load_lora(merge=False) first")
+        raise UnsupportedError(
+            "the model carries no adapter: add_lora() or load_lora(merge=False) first"
+        )
     disk = {p: module for module, (p, _) in _targets(model).items()}
     tensors, ranks, alphas = {}, {}, {}
     for name, m in found.items():
@@ -127,8 +151,13 @@ def save_lora(model: Transformer, path: str | os.PathLike, *, base: str = "") ->
         ranks[module], alphas[module] = m.rank, m.scale * m.rank
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base or None,
-        "r": rank, "lora_alpha": alpha, "bias": "none", "inference_mode": True,
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base or None,
+        "r": rank,
+        "lora_alpha": alpha,
+        "bias": "none",
+        "inference_mode": True,
         "target_modules": sorted(ranks),
         "rank_pattern": {n: r for n, r in ranks.items() if r != rank},
         "alpha_pattern": {n: a for n, a in alphas.items() if a != alpha},
@@ -162,15 +191,21 @@ def _pairs(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
         raise WeightsError(f"{path / WEIGHTS} cannot be read: {e}") from e
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight", name)
+        match = re.fullmatch(
+            r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight", name
+        )
         if not match:
-            raise WeightsError(f"adapter tensor {name} of {path} is not a LoRA matrix of a linear layer")
+            raise WeightsError(
+                f"adapter tensor {name} of {path} is not a LoRA matrix of a linear layer"
+            )
         if tensor.isnan().any():
             raise WeightsError(f"adapter tensor {name} of {path} contains NaN")
         found.setdefault(match[1], {})[match[2]] = tensor
     odd = [m for m, ab in found.items() if len(ab) != 2]
     if odd:
-        raise WeightsError(f"adapter {path} has only one of lora_A and lora_B for {', '.join(odd[:12])}")
+        raise WeightsError(
+            f"adapter {path} has only one of lora_A and lora_B for {', '.join(odd[:12])}"
+        )
     return {m: (ab["A"], ab["B"]) for m, ab in found.items()}
 
 
@@ -196,7 +231,13 @@ def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
 
 @torch.no_grad()
 def _apply(
-    model: Transformer, parameter: str, index: tuple, a: Tensor, b: Tensor, scale: float, merge: bool
+    model: Transformer,
+    parameter: str,
+    index: tuple,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    merge: bool,
 ) -> None:
     if merge:
         _add(model.get_parameter(parameter)[index], a, b, scale)

@@ -1,8 +1,8 @@
 """Routed feed-forward layers: only the chosen experts run, rows grouped by expert.
 
-Legend: n rows, E experts, K chosen a row, H hidden, I expert intermediate size. In memory the experts of a layer are
-two tensors, ``gate_up_proj`` (E, 2I, H; gate rows first) and ``down_proj`` (E, H, I); on disk each expert has names
-of its own (``checkpoint``).
+Legend: n rows, E experts, K chosen a row, H hidden, I expert intermediate size. In memory the
+experts of a layer are two tensors, ``gate_up_proj`` (E, 2I, H; gate rows first) and ``down_proj``
+(E, H, I); on disk each expert has names of its own (``checkpoint``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ __all__ = ["Experts", "SparseMLP", "route"]
 
 
 def route(logits: Tensor, top_k: int, *, renormalize: bool) -> tuple[Tensor, Tensor]:
-    """logits [n, E] -> weights float32 [n, K], experts int64 [n, K]: softmax over all experts, then the top K."""
+    """logits [n, E] -> weights float32 [n, K], experts int64 [n, K]: softmax over all experts, then
+    the top K.
+    """
     weights, chosen = F.softmax(logits, -1, dtype=torch.float32).topk(top_k, -1)
     if renormalize:
         weights = weights / weights.sum(-1, keepdim=True)
@@ -42,7 +44,9 @@ class Experts(nn.Module):
         del self.gate_up_proj, self.down_proj
 
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        """x [n, H], weights and chosen [n, K] -> the weighted sum of the experts' outputs [n, H]."""
+        """x [n, H], weights and chosen [n, K] -> the weighted sum of the experts' outputs [n,
+        H].
+        """
         flat = chosen.reshape(-1)
         order = flat.argsort(stable=True)
         rows = order // chosen.shape[1]
@@ -80,7 +84,9 @@ class _Gate(nn.Module):
 
 
 class SparseMLP(nn.Module):
-    """Router and experts. ``router_logits`` of the last call stay readable when ``record`` is set (for losses)."""
+    """Router and experts. ``router_logits`` of the last call stay readable when ``record`` is set
+    (for losses).
+    """
 
     def __init__(self, c: ModelConfig):
         super().__init__()

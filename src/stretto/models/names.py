@@ -1,7 +1,8 @@
 """Which tensors on disk make up which parameter in memory, both ways, for every family.
 
-A table is a list of (name in memory, name on disk) fragments, replaced in order. Experts are fused in memory and apart
-on disk: a *piece* is a disk tensor and the place inside the parameter where it lies.
+A table is a list of (name in memory, name on disk) fragments, replaced in order. Experts are fused
+in memory and apart on disk: a *piece* is a disk tensor and the place inside the parameter where it
+lies.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ _LLADA = (
 _TABLES: dict[str, tuple[tuple[str, str], ...]] = {
     "hf": (),
     "experts": (),
-    "mixtral": ((".mlp.gate.", ".block_sparse_moe.gate."), (".mlp.experts.", ".block_sparse_moe.experts.")),
+    "mixtral": (
+        (".mlp.gate.", ".block_sparse_moe.gate."),
+        (".mlp.experts.", ".block_sparse_moe.experts."),
+    ),
     "llada": _LLADA,
 }
 _EXPERT = {"mixtral": ("w1", "w3", "w2"), "experts": ("gate_proj", "up_proj", "down_proj")}
@@ -72,5 +76,7 @@ def pieces(parameter: str, config: ModelConfig) -> Iterator[Piece]:
 
 def ignorable(name: str, config: ModelConfig) -> bool:
     """A disk tensor that carries nothing: old rotary buffers, and the head of a tied model."""
-    tied_head = config.tie_word_embeddings and name == _rename("lm_head.weight", config.family.names)
+    tied_head = config.tie_word_embeddings and name == _rename(
+        "lm_head.weight", config.family.names
+    )
     return tied_head or bool(_IGNORED.search(name))

@@ -1,7 +1,9 @@
-"""Rotary position embedding, half-split (first half of a head with its second half), and its long-context forms.
+"""Rotary position embedding, half-split (first half of a head with its second half), and its
+long-context forms.
 
-Legend: n rows, D head_dim, F = D/2 frequencies. Frequencies and angles are float32; cos and sin are cast to the dtype
-of the activations. Formulas: transformers' ``modeling_rope_utils`` (Apache-2.0), the YaRN and LongRoPE papers.
+Legend: n rows, D head_dim, F = D/2 frequencies. Frequencies and angles are float32; cos and sin are
+cast to the dtype of the activations. Formulas: transformers' ``modeling_rope_utils`` (Apache-2.0),
+the YaRN and LongRoPE papers.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ __all__ = ["Rotary", "apply_rope"]
 
 
 class Rotary:
-    """cos and sin for positions. Holds no parameter, so that casting a model never rounds the frequencies."""
+    """cos and sin for positions. Holds no parameter, so that casting a model never rounds the
+    frequencies.
+    """
 
     def __init__(self, rope: RopeConfig, head_dim: int, max_positions: int):
         self.rope, self.head_dim, self.max_positions = rope, head_dim, max_positions
@@ -34,7 +38,9 @@ class Rotary:
         return None
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions int [n] -> cos, sin [n, 1, D] of ``dtype`` (float32 where the family rotates so)."""
+        """positions int [n] -> cos, sin [n, 1, D] of ``dtype`` (float32 where the family rotates
+        so).
+        """
         angles = positions.float()[:, None] * self._frequencies(positions)
         angles = torch.cat((angles, angles), -1)[:, None, :]
         dtype = torch.float32 if self.rope.fp32 and dtype.itemsize < 4 else dtype
@@ -82,7 +88,11 @@ def _inverse_frequencies(rope: RopeConfig, dim: int, max_positions: int, length:
 def _llama3(freqs: Tensor, rope: RopeConfig) -> Tensor:
     """Long waves are stretched by ``factor``, short ones kept, a linear blend between."""
     p = rope.params
-    original, low, high = p["original_max_position_embeddings"], p["low_freq_factor"], p["high_freq_factor"]
+    original, low, high = (
+        p["original_max_position_embeddings"],
+        p["low_freq_factor"],
+        p["high_freq_factor"],
+    )
     waves = 2 * math.pi / freqs
     blend = (original / waves - low) / (high - low)
     mixed = (1 - blend) * freqs / p["factor"] + blend * freqs

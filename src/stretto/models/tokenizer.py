@@ -1,4 +1,5 @@
-"""Text to tokens and back: tokenizer.json, its special ids, chat templates, and text that is complete bit by bit.
+"""Text to tokens and back: tokenizer.json, its special ids, chat templates, and text that is
+complete bit by bit.
 
 The ``tokenizers`` library does the work; jinja2 renders templates, sandboxed, as transformers does.
 """
@@ -18,7 +19,12 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer as Backend
 
 from stretto.errors import (
-    CheckpointError, MissingExtraError, PromptError, UnknownNameError, UnsupportedError, WeightsError,
+    CheckpointError,
+    MissingExtraError,
+    PromptError,
+    UnknownNameError,
+    UnsupportedError,
+    WeightsError,
 )
 
 if TYPE_CHECKING:
@@ -32,15 +38,17 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 class Tokenizer:
     """The tokenizer of the checkpoint in directory ``path``; ``inner`` is the library's object.
 
-    ``len()`` is one more than the largest id. A model may have more rows than that (``surplus``), never fewer
-    (``check_fits``).
+    ``len()`` is one more than the largest id. A model may have more rows than that (``surplus``),
+    never fewer (``check_fits``).
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         file = self.path / "tokenizer.json"
         if not file.is_file():
-            raise CheckpointError(f"{self.path} has no tokenizer.json: older formats must be converted first")
+            raise CheckpointError(
+                f"{self.path} has no tokenizer.json: older formats must be converted first"
+            )
         try:
             self.inner = Backend.from_file(str(file))
         except Exception as e:  # the library raises plain Exception
@@ -58,8 +66,8 @@ class Tokenizer:
         """WeightsError when there are more ids than ``rows``, the embedding rows of the model."""
         if self.vocab_size > rows:
             raise WeightsError(
-                f"the tokenizer of {self.path} has ids up to {self.vocab_size - 1}, but the model has only {rows} "
-                "embedding rows"
+                f"the tokenizer of {self.path} has ids up to {self.vocab_size - 1}, "
+                f"but the model has only {rows} embedding rows"
             )
 
     def surplus(self, rows: int) -> range:
@@ -81,10 +89,12 @@ class Tokenizer:
         known = self._json("tokenizer_config.json")
         return {k: v for k, v in self._json("special_tokens_map.json").items() if k not in known}
 
-    # -- ids ------------------------------------------------------------------------------------------------
+    # --- ids
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids, with what the tokenizer puts around a text (BOS, mostly; not twice if the text has it)."""
+        """Token ids, with what the tokenizer puts around a text (BOS, mostly; not twice if the text
+        has it).
+        """
         ids = self.inner.encode(text, add_special_tokens=add_special_tokens).ids
         bos = self.special_id("bos")
         return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
@@ -98,7 +108,9 @@ class Tokenizer:
         return Detokenizer(self, skip_special_tokens=skip_special_tokens)
 
     def stop_ids(self, config: ModelConfig) -> tuple[int, ...]:
-        """Every id that ends a text: those of the model's files first, then the tokenizer's own EOS."""
+        """Every id that ends a text: those of the model's files first, then the tokenizer's own
+        EOS.
+        """
         own = self.special_id("eos")
         more = () if own is None or own in config.stop_token_ids else (own,)
         return (*config.stop_token_ids, *more)
@@ -143,7 +155,7 @@ class Tokenizer:
         token = self.special_token(kind)
         return None if token is None else self.token_id(token)
 
-    # -- chat -----------------------------------------------------------------------------------------------
+    # --- chat
 
     @cached_property
     def templates(self) -> dict[str, str]:
@@ -160,20 +172,32 @@ class Tokenizer:
         return out
 
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True, template: str = "default", **variables: Any,
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        template: str = "default",
+        **variables: Any,
     ) -> str:
-        """The prompt text of a conversation. ``template``: a name in ``templates``; ``variables`` go to it."""
+        """The prompt text of a conversation. ``template``: a name in ``templates``; ``variables``
+        go to it.
+        """
         if not self.templates:
-            raise UnsupportedError(f"{self.path} has no chat template: give a prompt text instead of messages")
+            raise UnsupportedError(
+                f"{self.path} has no chat template: give a prompt text instead of messages"
+            )
         if template == "default" and tools and "tool_use" in self.templates:
             template = "tool_use"
         if template not in self.templates:
             raise UnknownNameError("chat template", template, self.templates)
         tokens = {f"{k}_token": self.special_token(k) or "" for k in ("bos", "eos", "pad", "unk")}
         return _render(
-            self.templates[template], messages=list(messages), tools=list(tools) if tools else None,
-            add_generation_prompt=add_generation_prompt, **(tokens | variables),
+            self.templates[template],
+            messages=list(messages),
+            tools=list(tools) if tools else None,
+            add_generation_prompt=add_generation_prompt,
+            **(tokens | variables),
         )
 
     def chat_ids(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
@@ -187,7 +211,9 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True):
         self._tokenizer, self._skip = tokenizer, skip_special_tokens
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._ids: list[int] = []  # a window: tokens already given out as context, then the open ones
+        self._ids: list[
+            int
+        ] = []  # a window: tokens already given out as context, then the open ones
         self._open = 0  # where the open ones start
         self._sent = 0  # characters of the window's text that were given out
 
@@ -228,7 +254,9 @@ class Detokenizer:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The characters by which byte-level tokenizers write bytes: printable ones as they are, the rest from U+0100."""
+    """The characters by which byte-level tokenizers write bytes: printable ones as they are, the
+    rest from U+0100.
+    """
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [b for b in range(256) if b not in plain]
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
@@ -244,7 +272,9 @@ def _render(template: str, **variables: Any) -> str:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    def tojson(
+        value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any
+    ) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
     environment = ImmutableSandboxedEnvironment(
@@ -256,7 +286,9 @@ def _render(template: str, **variables: Any) -> str:
     try:
         return environment.from_string(template).render(**variables)
     except jinja2.TemplateSyntaxError as e:
-        raise CheckpointError(f"the chat template has an error in line {e.lineno}: {e.message}") from e
+        raise CheckpointError(
+            f"the chat template has an error in line {e.lineno}: {e.message}"
+        ) from e
     except Exception as e:  # anything that a template of another party may do
         raise PromptError(f"the chat template refuses these messages: {e}") from e
 

@@ -1,8 +1,9 @@
 """One transformer for every family: what differs between them is data in ``ModelConfig``.
 
-Legend: n rows (flat, no batch dimension), H hidden, A heads, G kv heads, D head_dim, V vocabulary. Which rows see
-which keys is the business of the attention context (``context.py``). Parameter names are those of the Hugging Face
-llama/qwen family, q/k/v and gate/up separate, so that adapters and checkpoints fit without renaming.
+Legend: n rows (flat, no batch dimension), H hidden, A heads, G kv heads, D head_dim, V vocabulary.
+Which rows see which keys is the business of the attention context (``context.py``). Parameter names
+are those of the Hugging Face llama/qwen family, q/k/v and gate/up separate, so that adapters and
+checkpoints fit without renaming.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from stretto.models.rope import Rotary, apply_rope
 if TYPE_CHECKING:
     from stretto.models.checkpoint import Source
 
-__all__ = ["Attention", "Block", "MLP", "RMSNorm", "Transformer"]
+__all__ = ["MLP", "Attention", "Block", "RMSNorm", "Transformer"]
 
 Angles = tuple[Tensor, Tensor]
 
@@ -39,7 +40,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float32:
+        if x.dtype in (torch.float32, torch.float64):
             return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
         x32 = x.float()
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
@@ -134,14 +135,18 @@ class _Trunk(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The model. ``Transformer(config)`` has random weights; ``checkpoint.load`` fills them from files.
+    """The model. ``Transformer(config)`` has random weights; ``checkpoint.load`` fills them from
+    files.
 
-    Pieces for callers that run layer by layer: ``embed``, ``rotary``, ``layers[l](x, angles, ctx)``, ``norm``,
-    ``head``.
+    Pieces for callers that run layer by layer: ``embed``, ``rotary``, ``layers[l](x, angles,
+    ctx)``, ``norm``, ``head``.
     """
 
     def __init__(
-        self, config: ModelConfig, *, dtype: torch.dtype = torch.float32,
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ):
         super().__init__()
@@ -200,13 +205,20 @@ class Transformer(nn.Module):
     logits = head
 
     def hidden(
-        self, tokens: Tensor | None, positions: Tensor, ctx: AttentionContext, *,
-        embeds: Tensor | None = None, taps: Sequence[int] = (), tapped: dict[int, Tensor] | None = None,
+        self,
+        tokens: Tensor | None,
+        positions: Tensor,
+        ctx: AttentionContext,
+        *,
+        embeds: Tensor | None = None,
+        taps: Sequence[int] = (),
+        tapped: dict[int, Tensor] | None = None,
     ) -> Tensor:
-        """The final-normed states [n, H] of ``tokens`` int64 [n] (or ``embeds`` [n, H]) at ``positions`` [n].
+        """The final-normed states [n, H] of ``tokens`` int64 [n] (or ``embeds`` [n, H]) at
+        ``positions`` [n].
 
-        ``taps``: states to put into ``tapped``: 0 = the embeddings, l = the output of layer l (1-based), before the
-        final norm.
+        ``taps``: states to put into ``tapped``: 0 = the embeddings, l = the output of layer l
+        (1-based), before the final norm.
         """
         if (tokens is None) == (embeds is None):
             raise PromptError("hidden() takes tokens or embeds, exactly one of them")
@@ -225,10 +237,11 @@ class Transformer(nn.Module):
         return self._packed_head is not None
 
     def pack(self) -> Transformer:
-        """Fuse q/k/v and gate/up and reorder every matrix for this processor: faster, but only for inference.
+        """Fuse q/k/v and gate/up and reorder every matrix for this processor: faster, but only for
+        inference.
 
-        Only the reordered copy is kept (a tied embedding stays beside its reordered head). A packed model cannot be
-        trained or saved.
+        Only the reordered copy is kept (a tied embedding stays beside its reordered head). A packed
+        model cannot be trained or saved.
         """
         if any(".lora_" in name for name, _ in self.named_parameters()):
             raise UnsupportedError("the model carries an adapter: merge_lora() it before pack()")
@@ -250,5 +263,7 @@ class Transformer(nn.Module):
         save(self, path, **options)
 
     def forward(self, tokens: Tensor, positions: Tensor, ctx: AttentionContext) -> Tensor:
-        """Logits [n, V] of every row; ``hidden`` and ``logits`` apart are cheaper when few rows count."""
+        """Logits [n, V] of every row; ``hidden`` and ``logits`` apart are cheaper when few rows
+        count.
+        """
         return self.head(self.hidden(tokens, positions, ctx))
