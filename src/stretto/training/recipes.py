@@ -1,0 +1,118 @@
+"""The recipes of the zoo: shape, objective and budget of every model that ships. Importing this imports no torch.
+
+Shapes are qwen3's (normed queries and keys, no biases, tied embeddings). The diffusion models and the mixture of
+experts start from ``tiny``, as SDAR, Fast-dLLM v2 and sparse upcycling (Komatsuzaki et al., 2023) start from a trained
+autoregressive model. Budgets are for two CPU cores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from stretto.errors import UnknownNameError
+
+if TYPE_CHECKING:
+    from stretto.training.trainer import Record
+
+__all__ = ["RECIPES", "Recipe", "find_recipe", "run_recipe"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How one model of the zoo is made."""
+
+    name: str
+    purpose: str
+    objective: Literal["ar", "masked_diffusion", "block_diffusion"] = "ar"
+    base: str | None = None  # model whose weights it starts from
+    hidden: int = 192
+    layers: int = 6
+    heads: int = 6
+    kv_heads: int = 2
+    head_dim: int = 32
+    ffn: int = 512
+    experts: int = 0  # 0 = dense
+    top_k: int = 2
+    balance: float = 0.01  # weight of the load-balance loss (Switch)
+    block_size: int = 8  # of block diffusion
+    minutes: float = 40.0
+    rows: int = 12  # rows of a batch
+    length: int = 144  # tokens of a row
+    lr: float = 6e-3
+    adam_lr: float = 3e-3
+    warmup: int = 50  # steps
+    decay: float = 0.45  # last share of the budget, over which the rate falls to zero
+    average: float = 0.995  # decay of the averaged weights, which ship
+    seed: int = 0
+    weights: Mapping[str, float] = field(default_factory=lambda: dict(_MIX))  # task -> share of the training mix
+
+    @property
+    def model(self) -> str:
+        """The name of the model in the zoo."""
+        return self.name.removeprefix("zoo-")
+
+
+_MIX = {  # the tasks that are learnt late get a larger share
+    "list_copy": 2, "list_reverse": 2, "list_sort": 2, "list_double": 1.5, "list_pairs": 1.2,
+    "math_gains": 2.5, "math_price": 2.5, "math_boxes": 2.5, "json_call": 1.7, "json_batch": 0.7,
+    "python_select": 0.5, "python_formula": 0.5, "python_total": 0.5, "python_guard": 0.5,
+    "table_markdown": 1, "table_lookup": 2.2, "table_where": 2, "text_letter": 0.3,
+    "text_notice": 0.3, "text_replace": 0.6,
+}
+
+_ALL = (
+    Recipe(name="zoo-tiny", purpose="autoregressive, the target of every lossless method"),
+    Recipe(
+        name="zoo-tiny-draft", purpose="a small autoregressive draft for zoo:tiny",
+        hidden=96, layers=2, heads=3, kv_heads=1, ffn=256, minutes=6,
+    ),
+    Recipe(
+        name="zoo-tiny-blocks", purpose="block-causal masked diffusion (kind B), from zoo:tiny",
+        objective="block_diffusion", base="zoo:tiny", minutes=20, lr=3e-3, adam_lr=1.5e-3,
+    ),
+    Recipe(
+        name="zoo-tiny-diffusion", purpose="full-attention masked diffusion (kind F), from zoo:tiny",
+        objective="masked_diffusion", base="zoo:tiny", minutes=22, length=192, rows=10, lr=3e-3, adam_lr=1.5e-3,
+    ),
+    Recipe(
+        name="zoo-tiny-moe", purpose="mixture of experts, upcycled from zoo:tiny",
+        base="zoo:tiny", experts=8, ffn=192, minutes=12, lr=3e-3, adam_lr=1.5e-3,
+    ),
+)
+RECIPES: dict[str, Recipe] = {r.name: r for r in _ALL}
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe ``name``; its ``zoo-`` may be left out."""
+    full = name if name.startswith("zoo-") else f"zoo-{name}"
+    if full not in RECIPES:
+        raise UnknownNameError("recipe", name, RECIPES)
+    return RECIPES[full]
+
+
+def run_recipe(
+    name: str, *, out: str | Path | None = None, minutes: float | None = None, steps: int | None = None,
+    resume: bool = True, seed: int | None = None, threads: int | None = None, device: str = "auto",
+    base: str | Path | None = None, changes: Mapping[str, Any] | None = None,
+    report: Callable[[Record], None] | None = None,
+) -> dict[str, Any]:
+    """Train the model of recipe ``name`` and write it to ``out`` (default: a folder of the model's name, here).
+
+    Checkpoints and the log lie in ``<out>.training``; ``resume`` continues from the newest one. ``minutes`` or
+    ``steps`` replace the recipe's budget, ``base`` the model it starts from, ``changes`` any field of the recipe.
+    ``report`` sees the record after every step; None draws a progress bar. Returns the record that is written to
+    ``training.json``.
+    """
+    from stretto.training.run import run
+
+    recipe = replace(find_recipe(name), **dict(changes or {}))
+    recipe = replace(recipe, seed=recipe.seed if seed is None else seed, base=str(base) if base else recipe.base)
+    if minutes is None and steps is None:
+        minutes = recipe.minutes
+    return run(
+        recipe, Path(out or recipe.model), minutes=minutes, steps=steps, resume=resume, threads=threads,
+        device=device, report=report,
+    )

@@ -1,0 +1,230 @@
+"""Runs a recipe: builds model, data and objective, trains, and writes the checkpoint that ships.
+
+A budget ends the run; the averaged weights, rounded to bfloat16, are what is written and what is probed last.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stretto.models import checkpoint
+from stretto.models.config import ModelConfig, MoEConfig
+from stretto.models.transformer import Transformer
+from stretto.training.data import Document, PackedBatch, PackedData, pack
+from stretto.training.nets import PackedNet, fast_dtype, initialise, upcycle
+from stretto.training.objectives import (
+    Autoregressive,
+    Balanced,
+    BlockDiffusion,
+    MaskedDiffusion,
+    Objective,
+)
+from stretto.training.probe import Matcher, match_autoregressive, match_diffusion, probe
+from stretto.training.recipes import Recipe
+from stretto.training.trainer import Record, TrainConfig, Trainer
+from stretto.zoo import workbook
+
+__all__ = ["build_model", "config_of", "documents", "objective_of", "run", "ship"]
+
+CONTEXT = 1024  # positions of every model of the zoo
+POOL = 1024  # examples packed together
+CANVAS = 128  # longest answer region that a full-attention model is trained to fill
+TOKENIZER = workbook.TOKENIZER.parent
+
+
+def run(
+    recipe: Recipe, out: Path, *, minutes: float | None, steps: int | None, resume: bool, threads: int | None,
+    device: str, report: Callable[[Record], None] | None,
+) -> dict[str, Any]:
+    """See ``recipes.run_recipe``."""
+    if threads:
+        torch.set_num_threads(threads)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    work = out.with_name(out.name + ".training")
+    if not resume:
+        shutil.rmtree(work, ignore_errors=True)
+    model = build_model(recipe).to(device)
+    net = PackedNet(model, balance=bool(recipe.experts))
+    config = TrainConfig(
+        steps=steps, minutes=minutes, seed=recipe.seed, lr=recipe.lr, adam_lr=recipe.adam_lr,
+        warmup=recipe.warmup, decay=recipe.decay, average=recipe.average,
+    )
+    match, tests = matcher(recipe, net), test_batches(recipe, 24 if recipe.objective == "ar" else 2)
+    trainer = Trainer(
+        model, net, objective_of(recipe), data_of(recipe), config, folder=work, device=device,
+        autocast=fast_dtype(device), callback=lambda t: {"exact": probe(match, tests) if device == "cpu" else {}},
+    )
+    trainer.resume()
+    with _progress(recipe, trainer) if report is None else nullcontext(report) as show:
+        record = trainer.run(show)
+    return ship(recipe, trainer, record, out, match)
+
+
+def ship(recipe: Recipe, trainer: Trainer, record: Record, out: Path, match: Matcher) -> dict[str, Any]:
+    """Write the rounded weights, tokenizer and ``training.json`` to ``out``; returns the latter's content."""
+    model = trainer.model
+    weights = {n: w.to(torch.bfloat16).to(w.dtype) for n, w in trainer.final_weights().items()}
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(weights[name])
+    exact = {}
+    if trainer.device.type == "cpu":
+        exact = probe(match, test_batches(recipe, 64 if recipe.objective == "ar" else 4))
+    checkpoint.save(model, out, dtype=torch.bfloat16)
+    for file in TOKENIZER.iterdir():
+        shutil.copy(file, out / file.name)
+    _write(out / checkpoint.GENERATION, {
+        "eos_token_id": model.config.eos_token_ids[0], "pad_token_id": model.config.pad_token_id, "do_sample": False,
+    })
+    about = {
+        "recipe": recipe.name, "base": recipe.base, "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": record.step, "tokens": record.tokens, "minutes": round(record.seconds / 60, 1),
+        "loss": round(record.loss, 5), "seed": recipe.seed, "dtype": "float32, rounded to bfloat16",
+        "exact_after_rounding": {task: round(share, 3) for task, share in exact.items()},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "device": trainer.device.type, "torch": torch.__version__,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+    _write(out / "training.json", about)
+    return about
+
+
+def build_model(recipe: Recipe) -> Transformer:
+    """The model at its start: fresh from the seed, or from the base's weights."""
+    model = Transformer(config_of(recipe))
+    initialise(model, recipe.seed, layers=recipe.layers)
+    if recipe.base:
+        from stretto.zoo.models import resolve
+
+        upcycle(checkpoint.load(resolve(recipe.base), dtype="float32"), model, recipe.seed)
+    return model
+
+
+def config_of(recipe: Recipe) -> ModelConfig:
+    """The ``config.json`` of a recipe."""
+    ids = special_ids()
+    kind = {"ar": "causal", "masked_diffusion": "full", "block_diffusion": "block"}[recipe.objective]
+    moe = MoEConfig(
+        recipe.experts, recipe.top_k, recipe.ffn, renormalize=True, cast=True, sparse=(True,) * recipe.layers,
+    )
+    return ModelConfig(
+        "sdar" if kind == "block" else "qwen3_moe" if recipe.experts else "qwen3",
+        workbook_vocabulary(), recipe.hidden, recipe.ffn, recipe.layers, recipe.heads, recipe.kv_heads, recipe.head_dim,
+        tie_word_embeddings=True, qk_norm=True, max_position_embeddings=CONTEXT, attention=kind,
+        block_size=recipe.block_size if kind == "block" else 1, moe=moe if recipe.experts else None,
+        eos_token_ids=(ids["<|im_end|>"],), pad_token_id=ids["<|pad|>"],
+        mask_token_id=None if kind == "causal" else ids["<|mask|>"],
+    )
+
+
+def special_ids() -> dict[str, int]:
+    """Ids of the special tokens of the workbook's tokenizer."""
+    tokenizer = workbook._tokenizer()
+    return {name: tokenizer.token_to_id(name) for name in ("<|im_end|>", "<|pad|>", "<|mask|>")}
+
+
+def workbook_vocabulary() -> int:
+    return workbook._tokenizer().get_vocab_size()
+
+
+def objective_of(recipe: Recipe) -> Objective:
+    mask = special_ids()["<|mask|>"]
+    if recipe.objective == "masked_diffusion":
+        return MaskedDiffusion(mask, law="count")
+    if recipe.objective == "block_diffusion":
+        return BlockDiffusion(mask, recipe.block_size)
+    return Balanced(Autoregressive(), recipe.balance) if recipe.experts else Autoregressive()
+
+
+def data_of(recipe: Recipe) -> PackedData:
+    """Batches of the training split; pool k is drawn from stream number k of the recipe's seed."""
+
+    def pool(k: int) -> list[Document]:
+        number = recipe.seed * 1_000_003 + k
+        stream = workbook.stream("train", number, recipe.weights or None)
+        return documents(recipe, [next(stream) for _ in range(POOL)], random.Random(number))
+
+    return PackedData(pool, rows=recipe.rows, length=recipe.length, pad_id=special_ids()["<|pad|>"], seed=recipe.seed)
+
+
+def documents(recipe: Recipe, examples: Sequence[workbook.Example], rng: random.Random) -> list[Document]:
+    """Examples as the objective wants them: behind the answer, diffusion models learn to fill with end-of-text.
+
+    Block diffusion: up to the end of the block. Full attention: up to a canvas whose length is mostly a little more
+    than the answer's, and in three cases of ten anything up to ``CANVAS``.
+    """
+    eos, out = special_ids()["<|im_end|>"], []
+    for example in examples:
+        prompt, answer = workbook.encode(example)
+        extra = 0
+        if recipe.objective == "block_diffusion":
+            extra = -(len(prompt) + len(answer)) % recipe.block_size
+        elif recipe.objective == "masked_diffusion":
+            room = max(0, min(CANVAS - len(answer), recipe.length - len(prompt) - len(answer)))
+            extra = rng.randint(0, room) if rng.random() < 0.3 else min(room, rng.randint(0, 16))
+        out.append(Document([*prompt, *answer, *[eos] * extra], len(prompt)))
+    return out
+
+
+def test_batches(recipe: Recipe, n: int) -> dict[str, PackedBatch]:
+    """``n`` test examples of every task, packed; only for watching the training."""
+    pad = special_ids()["<|pad|>"]
+    return {
+        task: pack(
+            documents(recipe, workbook.examples(task, "test", n, 10_007), random.Random(0)), recipe.length, pad_id=pad
+        )
+        for task in workbook.TASKS
+    }
+
+
+def matcher(recipe: Recipe, net: PackedNet) -> Matcher:
+    if recipe.objective == "ar":
+        return partial(match_autoregressive, net)
+    ids, causal = special_ids(), recipe.objective == "block_diffusion"
+    return partial(
+        match_diffusion, net, mask_id=ids["<|mask|>"], eos_id=ids["<|im_end|>"], block_causal=causal,
+        block=recipe.block_size if causal else 32,
+    )
+
+
+class _progress:
+    """A progress bar over the budget, with loss and speed."""
+
+    def __init__(self, recipe: Recipe, trainer: Trainer):
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        self._bar = Progress(
+            TextColumn(recipe.model), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeElapsedColumn(),
+            TimeRemainingColumn(), TextColumn("step {task.fields[step]} loss {task.fields[loss]:.3f}"
+                                              " {task.fields[speed]:.0f} tokens/s"),
+        )
+        self._trainer = trainer
+
+    def __enter__(self) -> Callable[[Record], None]:
+        self._bar.__enter__()
+        task = self._bar.add_task("", total=1.0, step=0, loss=float("nan"), speed=0.0)
+        return lambda r: self._bar.update(
+            task, completed=self._trainer.progress(), step=r.step, loss=r.loss, speed=r.tokens_per_second
+        )
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.__exit__(*error)
+
+
+def _write(file: Path, data: dict[str, Any]) -> None:
+    partial_name = file.with_suffix(".partial")
+    partial_name.write_text(json.dumps(data, indent=1) + "\n")
+    partial_name.rename(file)
