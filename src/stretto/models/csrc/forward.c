@@ -1,0 +1,374 @@
+/* The forward: one parallel region, phases with a barrier between. Each phase's items go to whichever thread is free. */
+#include "native.h"
+#if defined(__x86_64__) || defined(__i386__)
+#define PAUSE() __builtin_ia32_pause()
+#elif defined(__aarch64__)
+#define PAUSE() __asm__ volatile("yield")
+#else
+#define PAUSE() (void)0
+#endif
+#include <sched.h>
+
+#define SPINS 4000    /* before a waiting thread offers its core to others: some 50 us */
+#define PHASES 12     /* counters of a layer, at most */
+#define ALIGN(x) (((size_t)(x) + 63) / 64 * 64)
+
+void barrier(Run *r) {
+    if (r->threads == 1) return;
+    int32_t now = __atomic_load_n(&r->generation, __ATOMIC_RELAXED);
+    if (__atomic_add_fetch(&r->arrived, 1, __ATOMIC_ACQ_REL) == r->threads) {
+        __atomic_store_n(&r->arrived, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&r->generation, now + 1, __ATOMIC_RELEASE);
+        return;
+    }
+    for (int i = 0; __atomic_load_n(&r->generation, __ATOMIC_ACQUIRE) == now; i++) {
+        if (i < SPINS) PAUSE();
+        else sched_yield();
+    }
+}
+
+static void enter(void *p) {
+    Run *r = p;
+    /* The runtime may give fewer threads than asked; all see the same number. */
+    int size = r->team->size();
+    __atomic_store_n(&r->threads, size, __ATOMIC_RELAXED);
+    r->body(r, __atomic_fetch_add(&r->ticket, 1, __ATOMIC_RELAXED));
+}
+
+void run_team(Run *r) {
+    r->ticket = r->arrived = r->generation = 0;
+    r->threads = 1;
+    if (r->team->threads > 1 && r->team->parallel) r->team->parallel(enter, r, r->team->threads, 0);
+    else r->body(r, 0);
+}
+
+/* ---- pieces of a layer ---- */
+
+typedef struct {
+    float *x, *h, *qkv, *att, *act, *y, *scores, *weights; /* see layout() */
+    int32_t *chosen, *row_of, *place, *starts;
+    char *attention;
+    int64_t keys; /* the longest list of visible keys, where a window needs it */
+    size_t attention_each;
+    int32_t act_ld, scores_ld;
+} Work;
+
+/* y = x / rms(x) * weight over n values */
+static void rms_norm(const float *x, const float *weight, int n, float eps, float *y) {
+    vf a = splat(0.0f), b = a;
+    int i = 0;
+    float tail = 0;
+    for (; i + 2 * VL <= n; i += 2 * VL) {
+        vf u = load(x + i), v = load(x + i + VL);
+        a += u * u, b += v * v;
+    }
+    for (; i < n; i++) tail += x[i] * x[i];
+    const float scale = 1.0f / sqrtf((sum_lanes(a + b) + tail) / n + eps);
+    for (int j = 0; j < n; j++) y[j] = x[j] * scale * weight[j];
+}
+
+/* Which of the given embeddings row i has, or -1. */
+static int64_t given(const Batch *b, int64_t i) {
+    for (int64_t e = 0; e < b->n_embeds; e++)
+        if (b->embed_rows[e] == i) return e;
+    return -1;
+}
+
+static void embed(Run *r, int phase) {
+    const Model *m = r->m;
+    const Batch *b = r->b;
+    const int H = m->H;
+    Work *w = r->work;
+    for (int64_t i; (i = claim(r, phase)) < b->n;) {
+        float *x = w->x + i * H;
+        const int64_t e = given(b, i);
+        if (e >= 0) memcpy(x, b->embeds + e * H, H * sizeof *x);
+        else if (m->embed_bf16)
+            for (int j = 0; j < H; j++) x[j] = bf16_to_float(((const uint16_t *)m->embed)[b->tokens[i] * H + j]);
+        else memcpy(x, (const float *)m->embed + b->tokens[i] * H, H * sizeof *x);
+    }
+}
+
+/* h = norm(x), and x to the tap, if there is one */
+static void norm_rows(Run *r, int phase, const float *weight, float *tap) {
+    const int H = r->m->H;
+    Work *w = r->work;
+    for (int64_t i; (i = claim(r, phase)) < r->b->n;) {
+        if (tap) memcpy(tap + i * H, w->x + i * H, H * sizeof(float));
+        rms_norm(w->x + i * H, weight, H, r->m->eps, w->h + i * H);
+    }
+}
+
+/* Rotate the two halves of one head; then times ``scale``. */
+static void rotate(float *x, const float *cos, const float *sin, int half, float scale) {
+    for (int j = 0; j < half; j++) {
+        float a = x[j], b = x[j + half];
+        x[j] = (a * cos[j] - b * sin[j]) * scale;
+        x[j + half] = (b * cos[j] + a * sin[j]) * scale;
+    }
+}
+
+static void put_kv(void *pool, int64_t at, const float *x, int n, int bf16) {
+    if (bf16)
+        for (int j = 0; j < n; j++) ((uint16_t *)pool)[at + j] = float_to_bf16(x[j]);
+    else memcpy((float *)pool + at, x, n * sizeof *x);
+}
+
+/* q and k: norm and rotation, in place (q also times the softmax scale); k and v to their slots */
+static void rope_rows(Run *r, int phase, int layer) {
+    const Model *m = r->m;
+    const Batch *b = r->b;
+    const Layer *l = &m->layers[layer];
+    Work *w = r->work;
+    const int D = m->D, A = m->A, G = m->G;
+    for (int64_t i; (i = claim(r, phase)) < b->n;) {
+        float *row = w->qkv + i * (A + 2 * G) * D;
+        const float *cos = m->cos + (int64_t)b->positions[i] * (D / 2), *sin = m->sin + (int64_t)b->positions[i] * (D / 2);
+        for (int h = 0; h < A + G; h++) {
+            const float *weight = h < A ? l->q_norm : l->k_norm;
+            if (weight) rms_norm(row + h * D, weight, D, m->eps, row + h * D);
+            rotate(row + h * D, cos, sin, D / 2, h < A ? m->scale : 1.0f);
+        }
+        const int64_t at = ((int64_t)layer * b->slots_n + b->slots[i]) * G * D;
+        put_kv(b->k_pool, at, row + A * D, G * D, b->kv_bf16);
+        put_kv(b->v_pool, at, row + (A + G) * D, G * D, b->kv_bf16);
+    }
+}
+
+/* Softmax over the experts, the top_k of it (lowest number first among equals) */
+static void route_rows(Run *r, int phase, const Layer *l) {
+    Work *w = r->work;
+    const int E = l->experts, K = l->top_k, ld = w->scores_ld;
+    for (int64_t i; (i = claim(r, phase)) < r->b->n;) {
+        float *s = w->scores + i * ld, *weights = w->weights + i * K, top = s[0], total;
+        vf sum = splat(0.0f);
+        for (int e = 1; e < E; e++) top = s[e] > top ? s[e] : top;
+        for (int e = E; e < ld; e++) s[e] = -INFINITY;
+        for (int e = 0; e < ld; e += VL) {
+            vf p = vexp(load(s + e) - top);
+            store(s + e, p);
+            sum += p;
+        }
+        total = sum_lanes(sum);
+        float kept = 0;
+        for (int j = 0; j < K; j++) {
+            int best = 0;
+            for (int e = 1; e < E; e++) best = s[e] > s[best] ? e : best;
+            w->chosen[i * K + j] = best;
+            kept += weights[j] = s[best] / total;
+            s[best] = -1;
+        }
+        if (l->renormalize)
+            for (int j = 0; j < K; j++) weights[j] /= kept;
+    }
+}
+
+/* Rows sorted by expert: starts [E + 1], row_of [place], place [row * K + j]. One thread. */
+static void group(Run *r, const Layer *l) {
+    Work *w = r->work;
+    const int64_t pairs = r->b->n * l->top_k;
+    memset(w->starts, 0, (l->experts + 1) * sizeof *w->starts);
+    for (int64_t p = 0; p < pairs; p++) w->starts[w->chosen[p] + 1]++;
+    for (int e = 0; e < l->experts; e++) w->starts[e + 1] += w->starts[e];
+    for (int64_t p = 0; p < pairs; p++) {
+        int32_t at = w->starts[w->chosen[p]]++;
+        w->row_of[at] = (int32_t)(p / l->top_k);
+        w->place[p] = at;
+    }
+    for (int e = l->experts; e > 0; e--) w->starts[e] = w->starts[e - 1];
+    w->starts[0] = 0;
+}
+
+/* One product for each expert that has rows. up: from h by row_of into act; else from act into y. */
+static void expert_products(Run *r, int phase, const Layer *l, int up) {
+    Work *w = r->work;
+    const Mat *mats = up ? l->expert_gate_up : l->expert_down;
+    const int all = panels(mats), chunk = chunk_panels(mats, 1, 1), chunks = (all + chunk - 1) / chunk;
+    const int H = r->m->H;
+    for (int64_t i; (i = claim(r, phase)) < (int64_t)chunks * l->experts;) {
+        const int e = (int)(i / chunks), first = (int)(i % chunks) * chunk;
+        const int64_t at = w->starts[e], n = w->starts[e + 1] - at;
+        if (!n) continue;
+        Product p = {&mats[e], w->h, w->row_of + at, w->act + at * w->act_ld, n, H, w->act_ld, STORE};
+        if (!up) p = (Product){&mats[e], w->act + at * w->act_ld, NULL, w->y + at * H, n, w->act_ld, H, STORE};
+        product_part(&p, first, first + chunk < all ? first + chunk : all);
+    }
+}
+
+static void combine_rows(Run *r, int phase, const Layer *l) {
+    Work *w = r->work;
+    const int H = r->m->H, K = l->top_k;
+    for (int64_t i; (i = claim(r, phase)) < r->b->n;) {
+        for (int j = 0; j < H; j++) {
+            float sum = 0;
+            for (int k = 0; k < K; k++) sum += w->weights[i * K + k] * w->y[(int64_t)w->place[i * K + k] * H + j];
+            w->x[i * H + j] += sum;
+        }
+    }
+}
+
+static void mlp(Run *r, int *phase, const Layer *l) {
+    const int H = r->m->H;
+    const int64_t n = r->b->n;
+    Work *w = r->work;
+    if (!l->experts) {
+        Product up = {&l->gate_up, w->h, NULL, w->act, n, H, w->act_ld, STORE};
+        Product down = {&l->down, w->act, NULL, w->x, n, w->act_ld, H, ADD};
+        product(r, (*phase)++, &up), barrier(r);
+        product(r, (*phase)++, &down), barrier(r);
+        return;
+    }
+    Product router = {&l->router, w->h, NULL, w->scores, n, H, w->scores_ld, STORE};
+    product(r, (*phase)++, &router), barrier(r);
+    route_rows(r, (*phase)++, l), barrier(r);
+    if (claim(r, (*phase)++) == 0) group(r, l);
+    barrier(r);
+    expert_products(r, (*phase)++, l, 1), barrier(r);
+    expert_products(r, (*phase)++, l, 0), barrier(r);
+    combine_rows(r, (*phase)++, l), barrier(r);
+}
+
+static void body(Run *r, int thread) {
+    const Model *m = r->m;
+    const Batch *b = r->b;
+    Work *w = r->work;
+    const int H = m->H, width = (m->A + 2 * m->G) * m->D;
+    int phase = 0;
+    embed(r, phase++), barrier(r);
+    for (int i = 0; i < m->layers_n; i++) {
+        const Layer *l = &m->layers[i];
+        Product qkv = {&l->qkv, w->h, NULL, w->qkv, b->n, H, width, STORE};
+        Product o = {&l->o, w->att, NULL, w->x, b->n, m->A * m->D, H, ADD};
+        norm_rows(r, phase++, l->norm1, b->taps[i]), barrier(r);
+        product(r, phase++, &qkv), barrier(r);
+        rope_rows(r, phase++, i), barrier(r);
+        attention(r, phase++, i, w->qkv, w->att, w->attention + thread * w->attention_each, w->keys), barrier(r);
+        product(r, phase++, &o), barrier(r);
+        norm_rows(r, phase++, l->norm2, NULL), barrier(r);
+        mlp(r, &phase, l);
+    }
+    if (!b->k && !b->taps[m->layers_n] && !b->taps[m->layers_n + 1]) return;
+    norm_rows(r, phase++, m->norm, b->taps[m->layers_n]), barrier(r);
+    if (b->taps[m->layers_n + 1] && thread == 0) memcpy(b->taps[m->layers_n + 1], w->h, b->n * H * sizeof(float));
+    Product head = {&m->head, w->h, b->logit_rows, b->logits, b->k, H, m->V, STORE};
+    product(r, phase++, &head);
+}
+
+/* ---- entry points ---- */
+
+/* 0, or what is wrong with the batch: 1 position beyond the angles, 2 token, 3 slot, 4 context, 5 local or logit row. */
+static int check(const Model *m, const Batch *b) {
+    const int64_t n = b->n;
+    for (int64_t i = 0; i < n; i++) {
+        if (b->positions[i] < 0 || b->positions[i] >= m->angles) return 1;
+        if ((b->tokens[i] < 0 || b->tokens[i] >= m->V) && given(b, i) < 0) return 2;
+        if (b->slots[i] < 0 || b->slots[i] >= b->slots_n) return 3;
+        if (b->context_of[i] < 0 || b->context_of[i] >= b->contexts || b->local_ptr[i] > b->local_ptr[i + 1]) return 4;
+    }
+    for (int64_t q = 0; q < b->contexts; q++)
+        if (b->context_ptr[q] > b->context_ptr[q + 1]) return 4;
+    int bad = 0;
+    for (int64_t j = b->context_ptr[0]; j < b->context_ptr[b->contexts]; j++)
+        bad |= b->context[j] < 0 || b->context[j] >= b->slots_n;
+    if (bad) return 4;
+    for (int64_t j = b->local_ptr[0]; j < b->local_ptr[n]; j++) bad |= b->local[j] < 0 || b->local[j] >= n;
+    for (int64_t j = 0; j < b->k; j++) bad |= b->logit_rows[j] < 0 || b->logit_rows[j] >= n;
+    for (int64_t j = 0; j < b->n_embeds; j++) bad |= b->embed_rows[j] < 0 || b->embed_rows[j] >= n;
+    return bad ? 5 : 0;
+}
+
+/* Places of all buffers in one piece of memory; its size. */
+static size_t layout(const Model *m, const Batch *b, Work *w, char *at) {
+    const int64_t n = b->n, pairs = n * (m->top_k ? m->top_k : 1);
+    const size_t start = (size_t)at;
+    w->keys = 0;
+    for (int l = 0; l < m->layers_n; l++)
+        if (m->layers[l].window) w->keys = 1;
+    if (w->keys)
+        for (int64_t i = 0; i < n; i++) {
+            int64_t q = b->context_of[i];
+            int64_t keys = b->context_ptr[q + 1] - b->context_ptr[q] + b->local_ptr[i + 1] - b->local_ptr[i] + 1;
+            w->keys = keys > w->keys ? keys : w->keys;
+        }
+    w->act_ld = m->I, w->scores_ld = (m->experts + PW - 1) / PW * PW;
+    w->attention_each = attention_bytes(m, w->keys);
+#define TAKE(field, count) w->field = (void *)at, at += ALIGN((count) * 4)
+    TAKE(x, n * m->H);
+    TAKE(h, n * m->H);
+    TAKE(qkv, n * (m->A + 2 * m->G) * m->D);
+    TAKE(att, n * m->A * m->D);
+    TAKE(act, pairs * w->act_ld);
+    TAKE(y, m->experts ? pairs * m->H : 0);
+    TAKE(scores, n * w->scores_ld);
+    TAKE(weights, pairs);
+    TAKE(chosen, pairs);
+    TAKE(row_of, pairs);
+    TAKE(place, pairs);
+    TAKE(starts, m->experts + 1);
+    w->attention = at;
+    return (size_t)at + w->attention_each * m->team.threads - start;
+}
+
+/* The memory of a forward, kept for the next; NULL when there is none. */
+static char *scratch(Model *m, size_t bytes) {
+    if (bytes > m->scratch_bytes) {
+        free(m->scratch);
+        m->scratch_bytes = bytes + bytes / 4;
+        if (posix_memalign(&m->scratch, 64, m->scratch_bytes)) m->scratch = NULL, m->scratch_bytes = 0;
+    }
+    return m->scratch;
+}
+
+void stretto_free(Model *m) {
+    free(m->scratch);
+    m->scratch = NULL, m->scratch_bytes = 0;
+}
+
+int stretto_lanes(void) { return VL; }
+
+/* 0, the code of check(), or -1: out of memory. */
+int stretto_forward(Model *m, Batch *b) {
+    Work w;
+    int wrong = check(m, b);
+    if (wrong || !b->n) return wrong;
+    const size_t counters = ALIGN((m->layers_n * PHASES + 8) * sizeof(Counter)), bytes = layout(m, b, &w, 0);
+    char *memory = scratch(m, counters + bytes);
+    if (!memory) return -1;
+    layout(m, b, &w, memory + counters);
+    memset(memory, 0, counters);
+    for (int64_t i = 0; i < b->n; i++) b->pool_positions[b->slots[i]] = b->positions[i];
+    Run r = {.body = body, .team = &m->team, .counters = (Counter *)memory, .m = m, .b = b, .work = &w};
+    run_team(&r);
+    return 0;
+}
+
+static void product_body(Run *r, int thread) {
+    (void)thread;
+    product(r, 0, r->work);
+}
+
+/* out [n, N] = x [n, K] of the linear */
+void stretto_linear(Team *team, const Mat *m, const float *x, int64_t n, float *out) {
+    Counter counter = {0};
+    Product p = {m, x, NULL, out, n, m->k, m->n, STORE};
+    Run r = {.body = product_body, .team = team, .counters = &counter, .work = &p};
+    run_team(&r);
+}
+
+/* out [n]: the column of each row's largest value, the lowest of equals */
+void stretto_argmax(const float *x, int64_t n, int64_t columns, int64_t *out) {
+    for (int64_t i = 0; i < n; i++) {
+        const float *row = x + i * columns;
+        float best = row[0];
+        int64_t j = 0;
+        vf high = splat(best);
+        for (; j + VL <= columns; j += VL) {
+            vf v = load(row + j);
+            high = pick(v > high, v, high);
+        }
+        for (; j < columns; j++) best = row[j] > best ? row[j] : best;
+        for (int l = 0; l < VL; l++) best = high[l] > best ? high[l] : best;
+        for (j = 0; j < columns - 1 && row[j] != best;) j++;
+        out[i] = j;
+    }
+}

@@ -1,0 +1,139 @@
+/* Linears over weights repacked in panels. Each output is the sum over k in order, in blocks of KB: one accumulator
+   runs through a block, then joins the row's tile. Rows and panels only decide which accumulators run together, so a
+   row's bits are those it has alone. A block of weights is read from memory once for up to MB rows. */
+#include "native.h"
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define MR 12 /* rows of a register block: 2 MR accumulators; these machines have 32 vector registers */
+#else
+#define MR 6
+#endif
+#define KB 256 /* inputs of a block: 16 KB of float32 weights on AVX2, half of L1 */
+#define MB 96  /* rows of a tile */
+
+int panels(const Mat *m) { return m->gated ? (m->n + VL - 1) / VL : (m->n + PW - 1) / PW; }
+
+/* tile[r] += x[r][k0 : k0 + kb] W for mr rows and np neighbouring panels; mr, np and bf16 are constants of each
+   instance. Meanwhile fetches ``ahead``, ``step`` bytes for each k. */
+INLINE void block(
+    const int mr, const int np, const int bf16, const float *const *x, int k0, int kb, const char *w, size_t panel,
+    float *tile, const char *ahead, size_t step) {
+    const size_t line = PW * (bf16 ? 2 : 4);
+    vf acc[MR][4];
+    UNROLL for (int r = 0; r < mr; r++) UNROLL for (int c = 0; c < 2 * np; c++) acc[r][c] = splat(0.0f);
+    for (int k = 0; k < kb; k++) {
+        vf wv[4];
+        UNROLL for (int p = 0; p < np; p++) {
+            const char *at = w + p * panel + k * line;
+            if (bf16) {
+                vu u;
+                memcpy(&u, at, sizeof u);
+                wv[2 * p] = (vf)(u << 16);
+                wv[2 * p + 1] = (vf)(u & 0xffff0000u);
+            } else {
+                wv[2 * p] = load((const float *)at);
+                wv[2 * p + 1] = load((const float *)at + VL);
+            }
+            __builtin_prefetch(ahead + p * panel + k * step, 0, 3);
+        }
+        UNROLL for (int r = 0; r < mr; r++) {
+            float xv = x[r][k0 + k];
+            UNROLL for (int c = 0; c < 2 * np; c++) acc[r][c] += xv * wv[c];
+        }
+    }
+    UNROLL for (int r = 0; r < mr; r++) UNROLL for (int c = 0; c < 2 * np; c++) {
+        float *t = tile + (c / 2) * MB * PW + r * PW + (c % 2) * VL;
+        store(t, load(t) + acc[r][c]);
+    }
+}
+
+INLINE void rows_block(
+    int mr, int np, const int bf16, const float *const *x, int k0, int kb, const char *w, size_t panel, float *tile,
+    const char *ahead, size_t step) {
+#define CASE(R) \
+    case R: block(R, 1, bf16, x, k0, kb, w, panel, tile, ahead, step); break
+    if (np == 2) {
+        if (mr == 1) block(1, 2, bf16, x, k0, kb, w, panel, tile, ahead, step);
+        else block(2, 2, bf16, x, k0, kb, w, panel, tile, ahead, step);
+        return;
+    }
+    switch (mr) {
+        CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6);
+#if MR > 6
+        CASE(7); CASE(8); CASE(9); CASE(10); CASE(11); CASE(12);
+#endif
+    }
+}
+
+INLINE vf silu(vf x) { return x / (vexp(-x) + 1.0f); }
+
+/* Bias, activation, and the way out of one panel of a tile. */
+static void finish(const Product *p, int panel, int64_t row0, int rows, const float *tile) {
+    const Mat *m = p->m;
+    const int width = m->gated ? VL : PW, col = panel * width;
+    const int cols = m->n - col < width ? m->n - col : width;
+    const float *bias = m->bias ? m->bias + panel * PW : NULL;
+    for (int r = 0; r < rows; r++) {
+        vf a = load(tile + r * PW), b = load(tile + r * PW + VL);
+        if (bias) a += load(bias), b += load(bias + VL);
+        float y[PW], *out = p->out + (row0 + r) * p->ldo + col;
+        if (m->gated) a = silu(a) * b;
+        if (cols == width && p->mode == STORE) {
+            store(out, a);
+            if (!m->gated) store(out + VL, b);
+            continue;
+        }
+        store(y, a), store(y + VL, b);
+        if (p->mode == STORE)
+            for (int j = 0; j < cols; j++) out[j] = y[j];
+        else
+            for (int j = 0; j < cols; j++) out[j] += y[j];
+    }
+}
+
+INLINE void part(const Product *p, int first, int last, const int bf16) {
+    const Mat *m = p->m;
+    const size_t line = PW * (bf16 ? 2 : 4), panel = line * m->k;
+    float tile[2 * MB * PW] __attribute__((aligned(64)));
+    const float *x[MB];
+    for (int64_t row0 = 0; row0 < p->n; row0 += MB) {
+        const int rows = p->n - row0 < MB ? (int)(p->n - row0) : MB;
+        const int blocks = (rows + MR - 1) / MR;
+        for (int r = 0; r < rows; r++) x[r] = p->x + (p->gather ? p->gather[row0 + r] : row0 + r) * p->ldx;
+        for (int j = first; j < last;) {
+            const int np = rows <= 2 && j + 1 < last ? 2 : 1;
+            for (int c = 0; c < np; c++) memset(tile + c * MB * PW, 0, sizeof(float) * PW * rows);
+            for (int k0 = 0; k0 < m->k; k0 += KB) {
+                const int kb = m->k - k0 < KB ? m->k - k0 : KB;
+                const char *w = (const char *)m->w + j * panel + k0 * line;
+                for (int i = 0; i < blocks; i++) { /* rows in blocks of nearly equal size */
+                    const int a = rows * i / blocks, e = rows * (i + 1) / blocks;
+                    /* few rows: some lines ahead in the stream; many: a slice of the next block each */
+                    const size_t step = line / blocks;
+                    const char *ahead = blocks == 1 ? w + 1024 : w + kb * line + i * kb * step;
+                    rows_block(e - a, np, bf16, x + a, k0, kb, w, panel, tile + a * PW, ahead, step);
+                }
+            }
+            for (int c = 0; c < np; c++) finish(p, j + c, row0, rows, tile + c * MB * PW);
+            j += np;
+        }
+    }
+}
+
+void product_part(const Product *p, int first, int last) {
+    if (p->m->bf16) part(p, first, last, 1);
+    else part(p, first, last, 0);
+}
+
+/* Panels handed out at once: about a dozen items a thread, of two panels at least (one row reads two at a time). */
+int chunk_panels(const Mat *m, int64_t n, int threads) {
+    int c = panels(m) / (12 * threads);
+    (void)n;
+    return c < 2 ? 2 : c & ~1;
+}
+
+void product(Run *r, int phase, const Product *p) {
+    const int all = panels(p->m), chunk = chunk_panels(p->m, p->n, r->threads);
+    for (int first; (first = claim(r, phase) * chunk) < all;)
+        product_part(p, first, first + chunk < all ? first + chunk : all);
+}

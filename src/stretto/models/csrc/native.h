@@ -1,0 +1,193 @@
+/* The decoder's forward on a CPU: types, vectors and threads that linear.c, attention.c and forward.c share.
+
+   Legend: n rows of the batch, k rows that need logits, H hidden, A heads, G kv heads (R = A / G query heads share
+   one), D head_dim, I intermediate, V vocabulary, S slots of the K/V pool, T threads.
+
+   Exactness. Every number of a row is a sum in an order that depends on the row alone: linears add over their inputs
+   in order, in blocks of fixed size; attention adds over the row's own list of visible keys, in chunks counted from
+   the start of that list. So a row's bits depend neither on the other rows nor on slots nor on threads. The model's
+   arithmetic is float32 whatever the weights are stored in. */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifndef VL /* lanes of a vector */
+#if defined(__AVX512F__)
+#define VL 16
+#elif defined(__AVX__)
+#define VL 8
+#else
+#define VL 4
+#endif
+#endif
+#define PW (2 * VL) /* columns of a panel of weights */
+#define INLINE static inline __attribute__((always_inline))
+#ifdef __clang__
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+typedef float vf __attribute__((vector_size(4 * VL)));
+typedef int32_t vi __attribute__((vector_size(4 * VL)));
+typedef uint32_t vu __attribute__((vector_size(4 * VL)));
+typedef uint16_t vh __attribute__((vector_size(2 * VL)));
+
+/* ---- what Python fills in (the ctypes structures of native.py, field by field) ---- */
+
+/* A linear y = W x + bias with n outputs and k inputs. w: panels of PW columns, [panel][k][PW]; bfloat16 holds
+   columns j and j + VL of a panel as the low and high half of word j. gated: n gates and n ups; a panel holds VL
+   gates, then their VL ups, and the output is silu(gate) * up. bias: NULL or float32 in panel order. */
+typedef struct {
+    const void *w;
+    const float *bias;
+    int32_t n, k, bf16, gated;
+} Mat;
+
+typedef struct {
+    Mat qkv, o, gate_up, down, router;
+    const Mat *expert_gate_up, *expert_down; /* [experts] */
+    const float *norm1, *norm2, *q_norm, *k_norm; /* [H], [H], [D] or NULL, [D] or NULL */
+    int32_t window; /* 0 = unlimited */
+    int32_t experts, top_k, renormalize; /* experts: 0 = dense */
+} Layer;
+
+typedef struct {
+    void (*parallel)(void (*)(void *), void *, unsigned, unsigned); /* GOMP_parallel, or NULL */
+    int (*size)(void); /* omp_get_num_threads */
+    int32_t threads;
+} Team;
+
+typedef struct {
+    Team team;
+    int32_t layers_n, H, A, G, D, V, I, experts, top_k; /* I, experts, top_k: the largest of all layers */
+    int32_t embed_bf16, angles; /* angles: rows of cos and sin */
+    float eps, scale;
+    const void *embed; /* [V, H] */
+    const float *norm, *cos, *sin; /* [H], [angles, D / 2] */
+    const Layer *layers;
+    Mat head;
+    void *scratch; /* written by C only */
+    size_t scratch_bytes;
+} Model;
+
+typedef struct {
+    int64_t n, contexts, k, n_embeds, slots_n; /* slots_n = S */
+    const int64_t *tokens;
+    const int32_t *positions, *slots, *context_of, *context, *context_ptr, *local, *local_ptr, *logit_rows, *embed_rows;
+    const float *embeds;
+    void *k_pool, *v_pool; /* [layers, S, G, D] */
+    int32_t *pool_positions; /* [S] */
+    float *logits; /* [k, V] */
+    float *const *taps; /* [layers + 2] of [n, H] or NULL; the last is the final-normed state */
+    int32_t kv_bf16;
+} Batch;
+
+/* ---- vectors ---- */
+
+INLINE vf load(const float *p) {
+    vf v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
+
+INLINE vf splat(float x) { return x - (vf){0}; }
+
+INLINE vf pick(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+
+INLINE float bf16_to_float(uint16_t h) {
+    uint32_t u = (uint32_t)h << 16;
+    float f;
+    memcpy(&f, &u, 4);
+    return f;
+}
+
+INLINE uint16_t float_to_bf16(float f) { /* round to nearest even */
+    uint32_t u;
+    memcpy(&u, &f, 4);
+    if (f != f) return 0x7fc0;
+    return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+/* e^x to 2 ulp: x = n ln2 + r, |r| <= ln2 / 2, polynomial of e^r (Cephes expf). Below -87: exactly 0; above 88: as 88. */
+INLINE vf vexp(vf x) {
+    const vf magic = splat(12582912.0f); /* 1.5 * 2^23: adding it leaves n in the low bits */
+    vi small = x < splat(-87.0f);
+    x = pick(x > splat(88.0f), splat(88.0f), x);
+    x = pick(small, splat(0.0f), x);
+    vf t = x * 1.44269504088896341f + magic;
+    vf n = t - magic;
+    vf r = x - n * 0.693359375f;
+    r = r - n * -2.12194440e-4f;
+    vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    vf y = (vf)((vi)p + ((vi)t << 23));
+    return pick(small, splat(0.0f), y);
+}
+
+INLINE float sum_lanes(vf v) {
+    float a[VL];
+    store(a, v);
+    for (int w = VL / 2; w; w /= 2)
+        for (int i = 0; i < w; i++) a[i] += a[i + w];
+    return a[0];
+}
+
+/* ---- threads: one parallel region a forward; phases hand out items and end in a barrier ---- */
+
+typedef struct {
+    int32_t next;
+    char pad[60]; /* a cache line each */
+} Counter;
+
+typedef struct Run {
+    void (*body)(struct Run *, int); /* called by every thread with its number */
+    Team *team;
+    int32_t threads, ticket; /* threads: as many as came */
+    char pad0[64];
+    int32_t arrived;
+    char pad1[64];
+    int32_t generation;
+    char pad2[64];
+    Counter *counters; /* one a phase, zero at the start */
+    const Model *m;
+    const Batch *b;
+    void *work;
+} Run;
+
+/* The next item of phase p, from 0 upwards. */
+INLINE int claim(Run *r, int p) { return __atomic_fetch_add(&r->counters[p].next, 1, __ATOMIC_RELAXED); }
+
+void barrier(Run *r);
+void run_team(Run *r);
+
+/* ---- linear.c ---- */
+
+enum { STORE, ADD }; /* what becomes of a result: out = y, or out += y */
+
+/* Rows of a product: row i reads x + index * ldx with index = gather[i], or i; it writes out + i * ldo. */
+typedef struct {
+    const Mat *m;
+    const float *x;
+    const int32_t *gather;
+    float *out;
+    int64_t n, ldx, ldo;
+    int mode;
+} Product;
+
+int panels(const Mat *m);
+int chunk_panels(const Mat *m, int64_t n, int threads);
+void product_part(const Product *p, int first, int last); /* panels first..last-1 */
+void product(Run *r, int phase, const Product *p); /* shared by all threads, no barrier */
+
+/* ---- attention.c ---- */
+
+size_t attention_bytes(const Model *m, int64_t keys);
+void attention(Run *r, int phase, int layer, const float *qkv, float *out, void *scratch, int64_t keys);
