@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 
 import pytest
 
@@ -17,17 +18,25 @@ speak-while-watching specmemo speculative-moe stable-rps threadweaver wedlm xllm
 """.split()
 
 
+ROOMS = """
+serving threads multimodal pipelines programs science bench training planning decoding experts engine parallel models
+""".split()
+
+
 def test_every_system_is_there_once():
     assert [s.slug for s in all_systems()] == sorted(SLUGS) and len(SLUGS) == 54
 
 
 @pytest.mark.parametrize("system", all_systems(), ids=lambda s: s.slug)
 def test_entries_are_complete_and_honest(system):
-    assert system.title and len(system.purpose) > 20 and len(system.paper) > 15 and system.claims
+    assert system.title and system.purpose.endswith(".") and len(system.purpose) < 160
+    assert re.search(r"20\d\d", system.paper) and system.room in ROOMS
+    assert len({c.name for c in system.claims}) == len(system.claims) >= 2
+    assert all(c.name and c.paper for c in system.claims) and any(c.bar for c in system.claims)
     for part in system.parts:
         importlib.import_module(part)
     assert (system.state == "missing") == (not system.parts)
-    assert set(system.row()) == {"slug", "title", "purpose", "paper", "state", "command", "evidence"}
+    assert set(system.row()) == {"slug", "title", "purpose", "paper", "room", "state", "command", "evidence"}
     if system.evidence is None:
         with pytest.raises(UnsupportedError, match=system.slug):
             system.measure(True)

@@ -1,13 +1,14 @@
-"""AdaptOrch."""
+"""AdaptOrch: what its paper claims."""
 
 from stretto.systems.types import Claim, System
 
 SYSTEM = System(
     slug="adaptorch",
     title="AdaptOrch",
+    room="threads",
     purpose=(
-        "Choose parallel, sequential, hierarchical or hybrid agent topology from the task's "
-        "dependency graph, then synthesize with a consistency check."
+        "Answers tasks with several parts better and sooner: the task's dependency graph decides "
+        "which agents run in parallel, in sequence or in layers."
     ),
     paper=(
         "AdaptOrch: Task-Adaptive Multi-Agent Orchestration in the Era of LLM Performance "
@@ -15,23 +16,26 @@ SYSTEM = System(
     ),
     claims=(
         Claim(
-            "When models are within ε of each",
-            (
-                "When models are within ε of each other, the choice of topology matters more than the"
-                " choice of model: 12-23 % better than the best static single topology with the same "
-                "models, on SWE-bench Verified"
+            name="quality over the best fixed topology",
+            paper="12-23 % better than the best single static topology with the same models",
+            bar=(
+                "auto at least as good as the best static topology on each kind of task, and ahead "
+                "of every single one in the mean"
             ),
         ),
         Claim(
-            "Routing in O",
-            "Routing in O(|V|+|E|); synthesis that always terminates",
+            name="absolute scores",
+            paper="SWE-bench Verified 52.6, GPQA Diamond 53.1, HotpotQA F1 76.4",
         ),
         Claim(
-            "Own limitations named by the paper",
-            (
-                "Own limitations named by the paper: quality depends on the decomposition; coupling "
-                "is estimated in coarse discrete levels"
-            ),
+            name="cost of routing",
+            paper="O(|V| + |E|)",
+            bar="10^5 nodes and 3x10^5 edges in under a second, time linear in the size",
+        ),
+        Claim(
+            name="termination",
+            paper="synthesis always terminates",
+            bar="a validator that always fails ends after at most 4 rounds",
         ),
     ),
 )

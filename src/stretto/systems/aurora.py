@@ -1,36 +1,38 @@
-"""Aurora."""
+"""Aurora: what its paper claims."""
 
 from stretto.systems.types import Claim, System
 
 SYSTEM = System(
     slug="aurora",
     title="Aurora",
+    room="serving",
     purpose=(
-        "The drafter learns from live traffic: every accepted and rejected proposal is a training "
-        "signal, new weights are swapped in while serving."
+        "Makes a drafter fit a service's own traffic while it serves, from nothing if need be, "
+        "without touching the output."
     ),
     paper=(
         "When RL Meets Adaptive Speculative Training: A Unified Training-Serving System, Feb 2026 "
-        "(arXiv 2602.06932, Together AI; ICML 2026)"
+        "(arXiv 2602.06932, ICML 2026)"
     ),
     claims=(
         Claim(
-            "No offline drafter training needed",
-            (
-                "No offline drafter training needed: day-0 deployment with an untrained drafter, "
-                "≈1.5× on new frontier models (MiniMax M2.1 229B: mean accepted length 2.8, 1.45×"
-            ),
+            name="day-0 start from an untrained drafter",
+            paper="about 1.5x on new frontier models; MiniMax M2.1: accepted length 2.8",
+            bar="accepted length from 1.0 to 2-3 within some hundred requests of templated traffic",
         ),
         Claim(
-            "1.25× more over a well-trained static drafter",
-            "1.25× more over a well-trained static drafter under traffic shift (Qwen3-8B, Llama-3)",
+            name="gain under traffic shift",
+            paper="1.25x more than a well-trained static drafter",
+            bar="accepted length recovers after each shift while the static drafter's stays low",
         ),
         Claim(
-            "Ablations",
-            (
-                "Ablations: reverse-KL + rejected-branch signal + next-token CE is best, but most of "
-                "the gain comes from the online loop itself"
-            ),
+            name="mixed stream of 40 k prompts",
+            paper="accepted length 3.08 online, 2.63 static, 2.99 offline fine-tuned",
+        ),
+        Claim(
+            name="output",
+            paper="unchanged, whatever the drafter's version",
+            bar="served greedy text equals plain decoding across swaps",
         ),
     ),
 )

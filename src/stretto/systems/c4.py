@@ -1,27 +1,37 @@
-"""C4: Find the faulty rank or link from the rhythm of collectives, and plan flows so they do not collide."""
+"""C4: what its paper claims."""
 
 from stretto.systems.types import Claim, System
 
 SYSTEM = System(
     slug="c4",
     title="C4",
-    purpose="Find the faulty rank or link from the rhythm of collectives, and plan flows so they do not collide.",
+    room="parallel",
+    purpose=(
+        "Names the faulty rank or link of a hung or slow training job within seconds, and plans "
+        "flows that do not collide."
+    ),
     paper=(
-        "\"Boosting Large-scale Parallel Training Efficiency with C4: A Communication-Driven "
-        "Approach\", arXiv 2406.04594, Jun 2024 (v2 May 2025; HPCA 2025 under the title \"Enhancing "
-        "Large-Scale AI Training Efficiency: The C4 Solution ...\")"
+        "Boosting Large-scale Parallel Training Efficiency with C4: A Communication-Driven "
+        "Approach, Jun 2024 (arXiv 2406.04594, HPCA 2025)"
     ),
     claims=(
         Claim(
-            "Error-induced overhead cut by about 30 points",
-            (
-                "Error-induced overhead cut by about 30 points: for one large GPT job downtime went "
-                "from 31.19 % to 1.16 % of the time between two half-years"
+            name="overhead of errors",
+            paper="cut by about 30 points of run time",
+            bar=(
+                "right class and culprit in 95 % of 50 injected faults, within 10 s, no false "
+                "alarm in 10 minutes"
             ),
         ),
         Claim(
-            "128 H800s",
-            "128 H800s, 16 nodes, 8 bonded 2x200 Gb/s NICs, 3-tier fat tree",
+            name="run time of jobs with moderate communication",
+            paper="about 15 % better",
+            bar="recording costs at most 2 % of a step",
+        ),
+        Claim(
+            name="eight concurrent jobs (from memory)",
+            paper="172-263 Gb/s without planning, 354-361 with",
+            bar="simulator: planned flows above 95 % of the bound, hashed ones lose 30-50 %",
         ),
     ),
 )

@@ -1,26 +1,36 @@
-"""dParallel: Certainty-forcing distillation: make the model sure about many tokens at once."""
+"""dParallel: what its paper claims."""
 
 from stretto.systems.types import Claim, System
 
 SYSTEM = System(
     slug="dparallel",
     title="dParallel",
-    purpose="Certainty-forcing distillation: make the model sure about many tokens at once.",
+    room="training",
+    purpose=(
+        "Makes a diffusion model certain about many tokens at once, so that threshold decoding "
+        "needs far fewer forwards."
+    ),
     paper="dParallel: Learnable Parallel Decoding for dLLMs, 30 Sep 2025 (ICLR 2026)",
     claims=(
         Claim(
-            "LLaDA-8B-Instruct",
-            "LLaDA-8B-Instruct, 256 tokens, blocks of 32, no cache",
+            name="GSM8K, LLaDA-8B-Instruct",
+            paper="256 to 30 steps, 8.5x faster, accuracy 75.7 to 76.1",
+            bar="1.5-2.5x fewer forwards than the base at threshold 0.9, accuracy within 1 point",
         ),
         Claim(
-            "Dream-7B",
-            "Dream-7B: GSM8K 39 / 6.9× / 82.1 (82.9)",
+            name="GSM8K, Dream-7B",
+            paper="39 steps, 6.9x faster, accuracy 82.9 to 82.1",
         ),
         Claim(
-            "A \"consistency distillation\" baseline at 64 steps",
-            (
-                "A \"consistency distillation\" baseline at 64 steps does much worse (LLaDA GSM8K 69.9,"
-                " HumanEval 19.5)"
+            name="code, LLaDA",
+            paper="HumanEval 8.2x at 40.2 (38.4); MBPP 10.5x at 40.8 (42.4)",
+        ),
+        Claim(
+            name="certainty, not only correctness",
+            paper="consistency distillation at 64 steps reaches only 69.9 on GSM8K",
+            bar=(
+                "certainty on all positions loses accuracy; cross-entropy alone gives part of the "
+                "gain"
             ),
         ),
     ),

@@ -1,32 +1,37 @@
-"""FreeDave."""
+"""FreeDave: what its paper claims."""
 
 from stretto.systems.types import Claim, System
 
 SYSTEM = System(
     slug="freedave",
     title="FreeDave",
+    room="decoding",
     purpose=(
-        "Lossless parallel decoding for diffusion LMs: draft from the same logits, verify in the next"
-        " forward."
+        "Decodes diffusion models in fewer forwards with exactly the text of slow decoding, "
+        "without training or a second model."
     ),
     paper=(
-        "Free Draft-and-Verification: Toward Lossless Parallel Decoding for Diffusion Large Language "
-        "Models, 30 Sep 2025"
+        "Free Draft-and-Verification: Toward Lossless Parallel Decoding for Diffusion Large "
+        "Language Models, 30 Sep 2025"
     ),
     claims=(
         Claim(
-            "Throughput up to 3.78× without loss on",
-            (
-                "Throughput up to 3.78× without loss on maths and code, for Dream, LLaDA, SDAR, "
-                "TraDo; no training, no extra model"
+            name="throughput",
+            paper="up to 3.78x on maths and code (Dream, LLaDA, SDAR, TraDo)",
+            bar=(
+                "1.5-3x fewer forwards on copy-like and arithmetic text; 1.1-2x wall clock at "
+                "batch 1, block 8"
             ),
         ),
         Claim(
-            "Threshold decoding as comparison is lossy",
-            (
-                "Threshold decoding as comparison is lossy; at temperature 0.1 (the setting of "
-                "earlier work) it loses a lot, at 0 little"
-            ),
+            name="loss",
+            paper="none",
+            bar="text equals static decoding on every prompt, fp32",
+        ),
+        Claim(
+            name="fewest forwards",
+            paper="with enough memory, the fewest that reproduce the static sequence",
+            bar="forwards never rise with the depth; equals the brute-force minimum",
         ),
     ),
 )

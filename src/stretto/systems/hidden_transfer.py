@@ -1,42 +1,38 @@
-"""Hidden Transfer."""
+"""Hidden Transfer: what its paper claims."""
 
 from stretto.systems.types import Claim, System
 
 SYSTEM = System(
     slug="hidden-transfer",
     title="Hidden Transfer",
+    room="decoding",
     purpose=(
-        "Mid-stack projections create pseudo hidden states of future tokens; the upper layers refine "
-        "them and the same head reads them."
+        "Finishes several tokens per forward of one model, losslessly: small matrices in mid-stack "
+        "make pseudo states of future tokens that the upper layers refine."
     ),
     paper=(
-        "Parallel Decoding via Hidden Transfer for Lossless Large Language Model Acceleration, 18 Apr"
-        " 2024 (arXiv 2404.12022)"
+        "Parallel Decoding via Hidden Transfer for Lossless Large Language Model Acceleration, 18 "
+        "Apr 2024 (arXiv 2404.12022)"
     ),
     claims=(
         Claim(
-            "Several successive tokens per forward of one",
-            (
-                "Several successive tokens per forward of one model, lossless; better acceleration "
-                "than all single-model methods compared, including Medusa and Self-Speculative "
-                "decoding"
-            ),
+            name="against other single-model methods",
+            paper="faster than all compared, Medusa and self-speculation included",
+            bar="1.5-2.3 tokens a step and 1.2-1.7x wall clock at batch 1 on templated data",
         ),
         Claim(
-            "Reason given",
-            (
-                "Reason given: Medusa guesses future tokens from the final state of the last token "
-                "with a small head; a pseudo state inserted lower in the stack passes through many "
-                "real layers"
-            ),
+            name="better guesses than final-state heads",
+            paper="the more so for the second and third future token",
+            bar="agreement at steps 2-3 above Medusa's by several points at middle entry layers",
         ),
         Claim(
-            "Analyses in the paper",
-            (
-                "Analyses in the paper: accuracy against the layer at which the transfer happens, for"
-                " step 1 and step 2; similarity of pseudo and real hidden states, which grows in "
-                "higher layers"
-            ),
+            name="pseudo states become real",
+            paper="similarity to real hidden states grows in higher layers",
+            bar="cosine grows with depth; hiding step 1 from step 2 costs a few points",
+        ),
+        Claim(
+            name="successor FIRP",
+            paper="1.9-3x over plain decoding",
         ),
     ),
 )

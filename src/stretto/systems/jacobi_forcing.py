@@ -1,34 +1,40 @@
-"""Jacobi Forcing."""
+"""Jacobi Forcing: what its paper claims."""
 
 from stretto.systems.types import Claim, System
 
 SYSTEM = System(
     slug="jacobi-forcing",
     title="Jacobi Forcing",
+    room="decoding",
     purpose=(
-        "Distil a causal model on its own parallel-decoding trajectories, then decode whole blocks by"
-        " fixed-point iteration."
+        "Turns a causal model into one that fixes whole blocks in a few forwards, by training on "
+        "its own parallel decoding."
     ),
-    paper="Fast and Accurate Causal Parallel Decoding using Jacobi Forcing, 16 Dec 2025 (arXiv 2512.14681)",
+    paper=(
+        "Fast and Accurate Causal Parallel Decoding using Jacobi Forcing, 16 Dec 2025 (arXiv "
+        "2512.14681)"
+    ),
     claims=(
         Claim(
-            "Causal model stays causal",
-            (
-                "Causal model stays causal (exact K/V reuse), ≈3.8× wall-clock on code and maths; "
-                "with multi-block decoding + rejection recycling up to 4.5× tokens per forward and "
-                "≈4.0× wall-clock"
-            ),
+            name="wall clock on code and maths",
+            paper="about 3.8x; about 4.0x and up to 4.5 tokens a forward with multi-block",
+            bar="2-4 tokens a forward on templated answers; untuned 1.05-1.4",
         ),
         Claim(
-            "HumanEval",
-            "HumanEval, Qwen2.5-Coder-7B, A100: AR 41.3 tok/s, 87.8 %",
+            name="HumanEval, Qwen2.5-Coder-7B",
+            paper="41.3 to 159.5 tokens/s, 87.8 to 83.5 %",
+            bar="accuracy at most 3 points lower",
         ),
         Claim(
-            "Compared with dLLM conversions",
-            (
-                "Compared with dLLM conversions: higher speed at AR-like quality (block-diffusion "
-                "baseline 1.8×)"
+            name="GSM8K",
+            paper="41.8 to 146.1 tokens/s, 92.4 to 91.4 %",
+        ),
+        Claim(
+            name="progressive noise",
+            paper=(
+                "84.7 % at 0.48 iterations a token; random 83.5 % at 0.53; reversed 82.3 % at 0.62"
             ),
+            bar="the order of the three schedules",
         ),
     ),
 )

@@ -1,34 +1,37 @@
-"""MoE Parallel Folding: Give attention and expert layers their own device grid over the same ranks."""
+"""MoE Parallel Folding: what its paper claims."""
 
 from stretto.systems.types import Claim, System
 
 SYSTEM = System(
     slug="moe-folding",
     title="MoE Parallel Folding",
-    purpose="Give attention and expert layers their own device grid over the same ranks.",
+    room="parallel",
+    purpose=(
+        "Trains mixture-of-experts models faster by giving attention and experts their own grids "
+        "over the same ranks."
+    ),
     paper=(
-        "\"MoE Parallel Folding: Heterogeneous Parallelism Mappings for Efficient Large-Scale MoE "
-        "Model Training with Megatron Core\", arXiv 2504.14960, 21 Apr 2025 (v3 Mar 2026)"
+        "MoE Parallel Folding: Heterogeneous Parallelism Mappings for Efficient Large-Scale MoE "
+        "Model Training with Megatron Core, 21 Apr 2025 (arXiv 2504.14960)"
     ),
     claims=(
         Claim(
-            "bf16 MFU on H100",
-            (
-                "bf16 MFU on H100 (global batch 256, seq 4096, token dropping with capacity factor 1 "
-                "so that imbalance does not blur the timing): Mixtral-8x22B on 128 GPUs: FSDP 4.3 %, "
-                "FSDP+EP 23.4 %"
-            ),
+            name="Mixtral-8x22B on 128 H100s",
+            paper="MFU 46.3 % to 49.3 % with folding; FSDP + EP 23.4 %",
+            bar="simulator, 2 nodes of 8: the MoE layer is faster when experts stay in the node",
         ),
         Claim(
-            "The gain is largest for fine-grained experts",
-            (
-                "The gain is largest for fine-grained experts (many small experts, large top-k), "
-                "where expert tensor parallelism is worst"
-            ),
+            name="Qwen2-57B-A14B on 64",
+            paper="35.3 to 39.0 %",
         ),
         Claim(
-            "Long context to 128K tokens on 1024",
-            "Long context to 128K tokens on 1024 GPUs with a small MFU loss (Mixtral 47.6 -> 42.9 %)",
+            name="long context",
+            paper="128K tokens on 1024 GPUs: 47.6 to 42.9 %",
+        ),
+        Claim(
+            name="same mathematics",
+            paper="any grid",
+            bar="five grids on 4 processes: equal loss over 20 steps, 1e-4 relative",
         ),
     ),
 )

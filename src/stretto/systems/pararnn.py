@@ -1,37 +1,39 @@
-"""ParaRNN."""
+"""ParaRNN: what its paper claims."""
 
 from stretto.systems.types import Claim, System
 
 SYSTEM = System(
     slug="pararnn",
     title="ParaRNN",
+    room="models",
     purpose=(
-        "Train a nonlinear recurrent mixer in parallel over the sequence by solving all its steps at "
-        "once with Newton and an associative scan."
+        "Trains nonlinear recurrent layers in parallel over the sequence, so that decoding needs "
+        "no growing cache."
     ),
     paper=(
-        "\"ParaRNN: Unlocking Parallel Training of Nonlinear RNNs for Large Language Models\" (Oct "
-        "2025, arXiv 2510.21450, ICLR 2026 oral)"
+        "ParaRNN: Unlocking Parallel Training of Nonlinear RNNs for Large Language Models, Oct "
+        "2025 (arXiv 2510.21450, ICLR 2026)"
     ),
     claims=(
         Claim(
-            "Up to 665x faster than stepping sequentially",
-            (
-                "Up to 665x faster than stepping sequentially (cell level, long sequences, fully "
-                "fused CUDA kernel); cost comparable to a Mamba scan"
-            ),
+            name="speed of a cell",
+            paper="up to 665x over stepping, long sequences, fused kernel",
+            bar="2-8x on two cores for small width and long sequences; the crossover is reported",
         ),
         Claim(
-            "ParaGRU and ParaLSTM language models up to",
-            (
-                "ParaGRU and ParaLSTM language models up to 7B parameters reach perplexity comparable"
-                " to Transformer and Mamba2 of the same size (SlimPajama without books, sequence "
-                "length 2048)"
-            ),
+            name="quality",
+            paper="ParaGRU and ParaLSTM up to 7B near Transformer and Mamba2 in perplexity",
+            bar="small language model within a few per cent of attention's loss",
         ),
         Claim(
-            "Three Newton iterations are enough in practice",
-            "Three Newton iterations are enough in practice, backward needs none (it is linear)",
+            name="three Newton iterations",
+            paper="are enough; the backward needs none",
+            bar="error below 1e-5 in fp32 after 3",
+        ),
+        Claim(
+            name="state tracking",
+            paper="better than linear state-space models",
+            bar="generalises on parity where a linear recurrence fails",
         ),
     ),
 )

@@ -27,11 +27,13 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """One published system. ``parts``: the modules here that it is made of; ``evidence(quick)`` measures its claims and
-    returns rows {"name", "paper", "measured", "baseline", "bar", "holds", "note"}."""
+    """One published system. ``room``: where its part lives or will live; ``parts``: the modules here that it is made
+    of; ``evidence(quick)`` measures its claims and returns rows
+    {"name", "paper", "measured", "baseline", "bar", "holds", "note"}."""
 
     slug: str
     title: str
+    room: str
     purpose: str
     paper: str
     claims: tuple[Claim, ...]
@@ -52,7 +54,7 @@ class System:
         found = _recorded(self.slug)
         return {
             "slug": self.slug, "title": self.title, "purpose": self.purpose, "paper": self.paper,
-            "state": self.state, "command": self.command or None,
+            "room": self.room, "state": self.state, "command": self.command or None,
             "evidence": f"evidence/{self.slug}.json" if found else None,
         }
 

@@ -1,36 +1,35 @@
-"""xLLM and xLLM-Service."""
+"""xLLM: what its paper claims."""
 
 from stretto.systems.types import Claim, System
 
 SYSTEM = System(
     slug="xllm",
-    title="xLLM and xLLM-Service",
+    title="xLLM",
+    room="serving",
     purpose=(
-        "A service layer that places, mixes and moves requests over stateless engines, and an engine "
-        "that hides every bubble."
+        "Runs one endpoint over many engines: it splits prefill and decode, fills idle capacity, "
+        "and survives a dead engine."
     ),
-    paper="xLLM Technical Report, arXiv 2510.14686, 16 Oct 2025 (v2 Mar 2026)",
+    paper="xLLM Technical Report, 16 Oct 2025 (arXiv 2510.14686)",
     claims=(
         Claim(
-            "Same TPOT limit",
-            (
-                "Same TPOT limit, Ascend 910B/C: up to 1.7× MindIE and 2.2× vLLM-Ascend on Qwen2/3 "
-                "(0.6B-32B, TPOT 50 ms, 2048 in / 2048 out); average 1.7× MindIE on DeepSeek-R1"
-            ),
+            name="same time per token, Ascend",
+            paper="up to 1.7x MindIE and 2.2x vLLM-Ascend on Qwen2 and Qwen3",
         ),
         Claim(
-            "Ablations",
-            (
-                "Ablations (paper): SLO-aware dynamic PD 1.67× the served rate of \"minimal load\" on "
-                "bursty Azure-Code, 1.1× on steady Azure-Conversation"
-            ),
+            name="dynamic roles",
+            paper="1.67x the served rate of minimal load on bursty traffic, 1.1x on steady",
+            bar="beats the best static split in service level over a trace that changes",
         ),
         Claim(
-            "Code documentation",
-            (
-                "Code documentation: async scheduling leaves ~200 µs between steps; chunked prefill "
-                "−46% TTFT (Qwen3-8B, TPOT 50 ms); zero-evict −27% TPOT; prefix cache −10% E2E"
-            ),
+            name="online and offline together",
+            paper="up to 3x offline throughput at the same online service level",
+            bar="online p99 within its limits under a saturating offline load",
+        ),
+        Claim(
+            name="asynchronous scheduling and graphs",
+            paper="+17.4 % (1.5B), +0.6 % (7B); graphs +27.4 % (1.7B)",
+            bar="idle time between steps before and after",
         ),
     ),
 )
