@@ -341,6 +341,10 @@ def test_errors():
         PackedContext([3, 0])
     with pytest.raises(OptionError, match="causal"):
         PackedContext([3], "bidirectional")
+    with pytest.raises(OptionError, match="B >= 1"):
+        PackedContext([3], ("block", 0))
+    with pytest.raises(OptionError, match="mask"):
+        PackedContext([3, 3], torch.ones(3, 3, 3, dtype=torch.bool))
     with pytest.raises(OptionError, match="mask"):
         PackedContext([3], torch.ones(4, 4, dtype=torch.bool))
     with pytest.raises(PromptError, match="exactly one"):

@@ -64,13 +64,10 @@ class PackedContext:
             raise PromptError(f"segment lengths {self.lengths} must all be at least 1")
         self._kind, self._windows, self._device = kind, windows, torch.device(device)
         self._masks: dict[int | None, Tensor | None] = {}
-        self._spans = [(self.lengths, None)]
         if isinstance(kind, Tensor):
             self._check_mask(kind)
-        elif kind not in ("causal", "full") and not (
-            isinstance(kind, tuple) and kind[0] == "block"
-        ):
-            raise OptionError("kind", kind, "causal, full, ('block', B) or a bool mask")
+        elif kind not in ("causal", "full") and not _is_block(kind):
+            raise OptionError("kind", kind, "causal, full, ('block', B >= 1) or a bool mask")
         self._whole = isinstance(kind, Tensor) and len(set(self.lengths) | {kind.shape[-1]}) > 1
         self._equal = len(set(self.lengths)) == 1 and not self._whole
         self._pad = None if self._equal or self._whole else _Padding(self.lengths, self._device)
@@ -78,6 +75,7 @@ class PackedContext:
     def _check_mask(self, mask: Tensor) -> None:
         n, lengths = mask.shape[-1], set(self.lengths)
         fits = lengths == {n} or (mask.dim() == 2 and n == sum(self.lengths))
+        fits &= mask.dim() == 2 or len(mask) == len(self.lengths)
         if mask.dim() not in (2, 3) or mask.shape[-2] != n or not fits or mask.dtype != torch.bool:
             raise OptionError(
                 "kind", f"mask {tuple(mask.shape)} of {mask.dtype}", "bool, square, of the lengths"
@@ -126,6 +124,10 @@ class PackedContext:
             real = self._pad.real[:, None, None, :]
             mask = real if mask is None else mask & real
         return mask
+
+
+def _is_block(kind: object) -> bool:
+    return isinstance(kind, tuple) and len(kind) == 2 and kind[0] == "block" and kind[1] >= 1
 
 
 class _Padding:

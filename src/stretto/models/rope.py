@@ -71,7 +71,8 @@ def _inverse_frequencies(rope: RopeConfig, dim: int, max_positions: int, length:
         factor = p["factor"]
         if length > max_positions:
             theta *= (factor * length / max_positions - (factor - 1)) ** (dim / (dim - 2))
-    freqs = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim))
+    waves = theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
+    freqs = 1.0 / waves
     if rope.type == "linear":
         return freqs / p["factor"]
     if rope.type == "llama3":
@@ -81,7 +82,7 @@ def _inverse_frequencies(rope: RopeConfig, dim: int, max_positions: int, length:
     if rope.type == "longrope":
         original = p.get("original_max_position_embeddings") or max_positions
         factors = p["long_factor"] if length > original else p["short_factor"]
-        return freqs / torch.tensor(factors, dtype=torch.float32)
+        return 1.0 / (torch.tensor(factors, dtype=torch.float32) * waves)
     return freqs
 
 
