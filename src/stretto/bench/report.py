@@ -11,7 +11,7 @@ from typing import Any
 from stretto.bench.plot import speed_quality
 from stretto.bench.provenance import write_atomically
 from stretto.bench.report_tables import facts, figures, matrix, notes, origin, peers_section, scopes, totals
-from stretto.bench.summary import title
+from stretto.bench.summary import is_base
 
 __all__ = ["render", "write_report"]
 
@@ -43,6 +43,7 @@ def render(result: Mapping[str, Any]) -> str:
         "version": escape(str(result["provenance"]["version"])), "headline": _headline(result["headline"][0]),
         "lead": escape(" ".join(result["headline"][1:])), "facts": facts(result), "compared": _compared(result),
         "totals": totals(result), "notes": notes(result), "matrix": matrix(result), "plot": _plot(result),
+        "count": f"{len(result['totals'])} methods on {len(result['provenance']['tasks'])} tasks, line by line",
         "scopes": scopes(result), "figures": figures(result), "peers": peers_section(result),
         "terms": "".join(f"<dt>{t}</dt><dd>{escape(d)}</dd>" for t, d in TERMS),
         "protocol": _protocol(result), "origin": origin(result), "command": escape(_command(result)),
@@ -69,8 +70,15 @@ def _json(data: Any) -> str:
 
 
 def _samples(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The samples with the name of each run; plain decoding first, then the quickest."""
     return [
-        {**s, "runs": [{**r, "title": title(result, r).replace("zoo:", "")} for r in s["runs"]]}
+        {
+            **s,
+            "runs": [
+                {**r, "on": "" if r["model"] == result["model"] else r["model"].removeprefix("zoo:")}
+                for r in sorted(s["runs"], key=lambda r: (not is_base(result, r), r["seconds"]))
+            ],
+        }
         for s in result["samples"]
     ]
 
