@@ -4,6 +4,7 @@ The reference keeps every row ever evaluated, with its token, its position and t
 them at once with an explicit mask, without any cache.
 """
 
+import copy
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,7 +33,7 @@ class World:
     """The engine's own parts on one side, the list of all rows on the other."""
 
     def __init__(self, net, backend):
-        self.net, self.runner = net, Runner(net, slots=2048, backend=backend)
+        self.net, self.runner = net, Runner(copy.deepcopy(net), slots=2048, backend=backend)
         self.tokens, self.positions, self.sees = [], [], []
         self.threads = [Thread(self._sequence())]
 

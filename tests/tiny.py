@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from stretto.decoding.registry import make
@@ -51,12 +53,12 @@ class Letters:
 
 
 def engine(net: Transformer, *, slots: int = 4096, backend: str = "auto", stop=(EOS,), plan=False, **options):
-    runner = Runner(net, slots=slots, backend=backend)
+    runner = Runner(copy.deepcopy(net) if backend == "torch" else net, slots=slots, backend=backend, deterministic=True)
 
     def open_runner(name: str) -> Runner:
         if name != "other":
             raise UnsupportedError(name)
-        return Runner(model(seed=1), slots=slots, backend=backend)
+        return Runner(model(seed=1), slots=slots, backend=backend, deterministic=True)
 
     host = Host(runner, tuple(stop), net.config.max_position_embeddings, open_runner, plan=plan)
     return Engine(runner, host, make_decoder=lambda skip: Letters(), **options)

@@ -215,7 +215,10 @@ class LLM:
         )
 
     def _runner(self, model: Any, slots: int, vocabulary: int) -> Runner:
-        return Runner(model, slots=slots, backend=self._backend, vocabulary=vocabulary)
+        return Runner(
+            model, slots=slots, backend=self._backend, vocabulary=vocabulary,
+            deterministic=self.deterministic,
+        )
 
     def _open_runner(self, name: str) -> Runner:
         """Another model for a method (a draft); its tokenizer must agree with this one's."""

@@ -16,6 +16,7 @@ from stretto.models.transformer import Transformer
 
 __all__ = ["LatencyCurve", "Runner"]
 
+ROW_BLOCK = 16  # fewer rows take other kernels, with other last bits
 CURVE_ROWS = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -36,17 +37,23 @@ class LatencyCurve:
 class Runner:
     """``model`` on ``slots`` cache slots. ``backend``: "auto" (native where it can), "native", or "torch".
 
+    ``deterministic``: a row's bits depend on its own text alone. The native forward is always so, the torch one
+    then multiplies in blocks of 16 rows and lets every row attend alone.
     ``forward`` returns logits with the ids that the tokenizer does not know at -inf.
     """
 
     def __init__(
         self, model: Transformer, *, slots: int, backend: str = "auto", vocabulary: int | None = None,
+        deterministic: bool = False,
     ):
         self.model, self.config = model, model.config
         c = model.config
         weight = model.model.embed_tokens.weight
         self.native, self.backend_reason = _native(model, backend)
         self.backend = "native" if self.native else "torch"
+        self._rowwise = deterministic and self.native is None
+        if self.native is None:
+            model.pack(block=ROW_BLOCK if deterministic else 0)
         kv_dtype = torch.float32 if self.native else weight.dtype
         self.pool = KVPool(
             c.num_hidden_layers, slots, c.num_key_value_heads, c.head_dim,
@@ -62,7 +69,7 @@ class Runner:
         if self.native is not None:
             result = self.native.forward(self.pool, batch)
         else:
-            result = forward_batch(self.model, self.pool, batch)
+            result = forward_batch(self.model, self.pool, batch, rowwise=self._rowwise)
         if self.vocabulary < self.config.vocab_size:
             result.logits[:, self.vocabulary :] = -torch.inf
         return result

@@ -31,6 +31,8 @@ __all__ = [
     "plain_logits",
 ]
 
+ALONE_COLUMNS = 512  # float32 attention on CPUs works in column blocks of this size
+
 Kind = str | tuple[str, int] | Tensor
 
 
@@ -180,16 +182,17 @@ class PoolContext:
     """A FlatBatch on a KVPool: writes every row's keys and values to its slot, then reads as the
     batch says.
 
-    Index and mask tensors are built once here, not per layer.
+    Index and mask tensors are built once here, not per layer. ``rowwise``: every row attends alone, over its own keys in
+    their order, padded to a multiple of 512 masked columns, so that its bits depend on nothing else (slower).
     """
 
-    def __init__(self, pool: KVPool, batch: FlatBatch, config: ModelConfig):
+    def __init__(self, pool: KVPool, batch: FlatBatch, config: ModelConfig, *, rowwise: bool = False):
         self.pool, self._windows = pool, config.windows
         device = pool.k.device
         pool.positions[batch.slots] = batch.positions
         self._slots = _run(batch.slots, device)
         self._distances = any(w is not None for w in config.windows)
-        self._groups = _groups(pool, batch, self._distances)
+        self._groups = _rows_alone(pool, batch, self._distances) if rowwise else _groups(pool, batch, self._distances)
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -274,6 +277,16 @@ def _groups(pool: KVPool, batch: FlatBatch, distances: bool) -> list[_Group]:
     return [_merge(pool, batch, items, distances) for items in buckets.values()]
 
 
+def _rows_alone(pool: KVPool, batch: FlatBatch, distances: bool) -> list[_Group]:
+    """A context for every row; those of the same padded size together."""
+    buckets: dict[int, list[tuple]] = {}
+    for i in range(batch.n):
+        q = batch.context_of[i]
+        item = _one(batch, np.array([i]), batch.context[batch.context_ptr[q] : batch.context_ptr[q + 1]])
+        buckets.setdefault(-(-len(item[1]) // ALONE_COLUMNS) * ALONE_COLUMNS, []).append(item)
+    return [_merge(pool, batch, items, distances, columns=m) for m, items in buckets.items()]
+
+
 def _one(batch: FlatBatch, rows: np.ndarray, context: np.ndarray) -> tuple:
     """(rows, key slots [m], visible bool [r, m] or None) of one context."""
     if len(rows) == 1:
@@ -291,14 +304,16 @@ def _one(batch: FlatBatch, rows: np.ndarray, context: np.ndarray) -> tuple:
     return rows, keys, None if visible.all() else visible
 
 
-def _merge(pool: KVPool, batch: FlatBatch, items: list[tuple], distances: bool) -> _Group:
+def _merge(
+    pool: KVPool, batch: FlatBatch, items: list[tuple], distances: bool, *, columns: int | None = None
+) -> _Group:
     g, r = len(items), len(items[0][0])
     sizes = [len(keys) for _, keys, _ in items]
-    m = max(sizes)
+    m = columns or max(sizes)
     device = pool.k.device
     rows = np.concatenate([rows for rows, _, _ in items])
     keys = np.zeros((g, m), np.int64)
-    padded = min(sizes) < m
+    padded = min(sizes) < m or columns is not None
     visible = None
     if padded or any(seen is not None for _, _, seen in items):
         visible = np.zeros((g, r, m), bool)
@@ -328,8 +343,8 @@ def _merge(pool: KVPool, batch: FlatBatch, items: list[tuple], distances: bool) 
 
 
 @torch.no_grad()
-def forward_batch(model: Transformer, pool: KVPool, batch: FlatBatch) -> ForwardResult:
-    """Run ``batch``: float32 logits of its ``logit_rows``, and the tapped states."""
+def forward_batch(model: Transformer, pool: KVPool, batch: FlatBatch, *, rowwise: bool = False) -> ForwardResult:
+    """Run ``batch``: float32 logits of its ``logit_rows``, and the tapped states. ``rowwise``: see PoolContext."""
     device = model.device
     limit = model.rotary.cacheable
     if limit is not None and len(batch.positions) and batch.positions.max() >= limit:
@@ -345,7 +360,7 @@ def forward_batch(model: Transformer, pool: KVPool, batch: FlatBatch) -> Forward
         at = torch.from_numpy(np.asarray(batch.embed_rows, np.int64)).to(device)
         embeds = embeds.index_copy(0, at, batch.embeds.to(embeds))
     tapped: dict[int, Tensor] = {}
-    ctx = PoolContext(pool, batch, model.config)
+    ctx = PoolContext(pool, batch, model.config, rowwise=rowwise)
     hidden = model.hidden(
         None if embeds is not None else tokens,
         positions,

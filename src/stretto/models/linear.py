@@ -44,7 +44,8 @@ class InferenceLinear(nn.Module):
     """One or several linears of the same input as one product, without gradients.
 
     ``weights``: [O, I] each; ``biases``: [O] each, or None. Where the kernel is missing it is a
-    plain ``F.linear``.
+    plain ``F.linear``. ``block``: rows are multiplied in blocks of exactly this many (0 = all at
+    once), so that a row's bits do not depend on how many rows there are.
     """
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None] = (None,)):
@@ -56,9 +57,16 @@ class InferenceLinear(nn.Module):
         self.sizes = [len(w) for w in weights]
         self.packed = weight.device.type == "cpu" and can_pack(weight.dtype)
         self.weight = _pack(weight) if self.packed else weight
+        self.block = 0
 
     def forward(self, x: Tensor) -> Tensor:
         """[n, I] -> [n, sum of O]"""
+        if not self.block or len(x) == self.block:
+            return self._product(x)
+        padded = F.pad(x, (0, 0, 0, -len(x) % self.block))
+        return torch.cat([self._product(part) for part in padded.split(self.block)])[: len(x)]
+
+    def _product(self, x: Tensor) -> Tensor:
         if self.packed:
             return _packed_linear(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)

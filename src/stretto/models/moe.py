@@ -96,10 +96,16 @@ class SparseMLP(nn.Module):
         self.experts = Experts(moe.experts, c.hidden_size, moe.intermediate_size)
         self.record = False
         self.router_logits: Tensor | None = None
+        self.packed_gate: InferenceLinear | None = None
+
+    def pack(self) -> None:
+        """Reorder router and experts for inference."""
+        self.packed_gate = InferenceLinear([self.gate.weight])
+        self.experts.pack()
 
     def forward(self, x: Tensor) -> Tensor:
         """x [n, H] -> [n, H]"""
-        logits = self.gate(x)
+        logits = self.gate(x) if self.packed_gate is None else self.packed_gate(x)
         if self.record:
             self.router_logits = logits
         weights, chosen = route(logits, self.top_k, renormalize=self.renormalize)

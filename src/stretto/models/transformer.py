@@ -9,7 +9,7 @@ checkpoints fit without renaming.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -236,25 +236,34 @@ class Transformer(nn.Module):
     def packed(self) -> bool:
         return self._packed_head is not None
 
-    def pack(self) -> Transformer:
+    def pack(self, *, block: int = 0) -> Transformer:
         """Fuse q/k/v and gate/up and reorder every matrix for this processor: faster, but only for
         inference.
 
         Only the reordered copy is kept (a tied embedding stays beside its reordered head). A packed
-        model cannot be trained or saved.
+        model cannot be trained or saved. ``block``: see ``InferenceLinear``.
         """
         if any(".lora_" in name for name, _ in self.named_parameters()):
             raise UnsupportedError("the model carries an adapter: merge_lora() it before pack()")
         if not self.packed:
             for layer in self.model.layers:
                 layer.self_attn.pack()
-                (layer.mlp.experts if isinstance(layer.mlp, SparseMLP) else layer.mlp).pack()
+                layer.mlp.pack()
             tied = self.config.tie_word_embeddings
             weight = self.model.embed_tokens.weight if tied else self.lm_head.weight
             self._packed_head = InferenceLinear([weight])
             if not tied:
                 del self.lm_head
+        for layer in self._inference_linears():
+            layer.block = block
         return self.requires_grad_(False)
+
+    def _inference_linears(self) -> Iterator[InferenceLinear]:
+        for module in self.modules():
+            if isinstance(module, InferenceLinear):
+                yield module
+            elif isinstance(module, SparseMLP) and module.experts.packed:
+                yield from (linear for pair in module.experts.packed for linear in pair)
 
     def save(self, path: str | os.PathLike, **options: Any) -> None:
         """Write a checkpoint that transformers reads; options of ``checkpoint.save``."""
