@@ -5,12 +5,12 @@ import random
 import numpy as np
 import pytest
 import torch
-from tiny import EOS, MASK, V, engine, greedy, model, run, tokens
 
 from stretto.decoding.registry import METHODS, make
 from stretto.engine.params import SamplingParams
 from stretto.errors import CapacityError, InputError, OptionError, PromptError, UnsupportedError
 from stretto.models.context import PackedContext, plain_logits
+from tiny import EOS, MASK, V, engine, greedy, model, run, tokens
 
 KINDS = {
     "full": {"attention": "full", "mask_token_id": MASK},

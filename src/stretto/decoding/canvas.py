@@ -1,10 +1,12 @@
 """The canvas of masked diffusion: which rows a forward evaluates, and whose keys and values stay.
 
-Two kinds of models, two classes with the same five methods. ``FullCanvas``: prompt and masks of all max_tokens see each
-other; nothing cached is exact. ``BlockCanvas``: a row sees the blocks before its own and all of its own; finished blocks are
-cached exactly. Both decode one *window* of the canvas at a time, from left to right; positions are absolute.
+Two kinds of models, two classes with the same methods. ``FullCanvas``: prompt and masks of all
+max_tokens see each other; nothing cached is exact. ``BlockCanvas``: a row sees the blocks before
+its own and all of its own; finished blocks are cached exactly. Both decode one *window* of the
+canvas at a time, from left to right; positions are absolute.
 
-``shift`` models: the logits at i - 1 predict position i, so the row before the window is evaluated with it.
+``shift`` models: the logits at i - 1 predict position i, so the row before the window comes with
+it.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ class Canvas:
     base: int = 0  # first position of the unfinished block (block-causal models)
     decided: dict[int, int] = field(default_factory=dict)  # position -> number of the forward
     logprobs: dict[int, dict[int, float]] = field(default_factory=dict)
-    seen: list[int] = field(default_factory=list)  # the canvas whose keys and values are cached (full attention)
+    seen: list[int] = field(default_factory=list)  # the canvas whose K/V is cached (full attention)
     credit: Any = None
 
     def masked(self) -> list[int]:
@@ -55,8 +57,8 @@ class Canvas:
 
 @dataclass(slots=True)
 class Ask:
-    """Step.extra: ``positions`` that the rows of Step.logits predict; ``whole`` = the canvas in the step's first rows;
-    ``keep`` = rows whose K/V stays whatever is decided."""
+    """Step.extra: ``positions`` that the rows of Step.logits predict; ``whole`` = the canvas in the
+    step's first rows; ``keep`` = rows whose K/V stays whatever is decided."""
 
     positions: list[int]
     whole: list[int] | None = None
@@ -66,14 +68,16 @@ class Ask:
 class FullCanvas:
     """Full attention, semi-autoregressive windows of ``length``.
 
-    ``cache`` "none": every forward evaluates the whole canvas. Else a window begins with the whole canvas, and again every
-    ``refresh`` forwards; between them "prefix" evaluates the window and all behind it, "dual" the window and ``vicinity``
-    rows on both sides, on the K/V of the rest. A preempted sequence evaluates the canvas of its last refresh once
-    more, beside the rows of its next forward: that costs rows, no forward, and gives the same K/V.
+    ``cache`` "none": every forward evaluates the whole canvas. Else a window begins with the whole
+    canvas, and again every ``refresh`` forwards; between them "prefix" evaluates the window and all
+    behind it, "dual" the window and ``vicinity`` rows on both sides, on the K/V of the rest. A
+    preempted sequence evaluates the canvas of its last refresh once more, beside the rows of its
+    next forward: that costs rows, no forward, and gives the same K/V.
     """
 
     def __init__(
-        self, config: ModelConfig, mask: int, *, length: int, cache: str, refresh: int, vicinity: int,
+        self, config: ModelConfig, mask: int, *, length: int, cache: str, refresh: int,
+        vicinity: int,
     ):
         self._mask, self._length, self._cache = mask, length, cache
         self._refresh, self._vicinity, self._shift = refresh, vicinity, int(config.shift)
@@ -89,7 +93,9 @@ class FullCanvas:
         n = seq.prompt_len + seq.params.max_tokens
         if self._cache == "none":
             return n
-        rows = seq.params.max_tokens if self._cache == "prefix" else self._length + 2 * self._vicinity
+        rows = seq.params.max_tokens
+        if self._cache == "dual":
+            rows = self._length + 2 * self._vicinity
         return n + min(n, rows + self._shift)
 
     def prefill(self, seq: Sequence, canvas: Canvas) -> int:
@@ -125,15 +131,16 @@ class FullCanvas:
 
     def advance(self, seq: Sequence, canvas: Canvas) -> None:
         """Go to the next window when this one is decided: masks inside the prompt first."""
-        prompt = seq.prompt_len
-        start = next((i for i in range(canvas.stop, canvas.end) if canvas.ids[i] == self._mask), None)
+        ids, prompt = canvas.ids, seq.prompt_len
+        start = next((i for i in range(canvas.stop, canvas.end) if ids[i] == self._mask), None)
         if start is not None:
-            canvas.enter(start, min(start + self._length, prompt if start < prompt else len(canvas.ids)))
+            canvas.enter(start, min(start + self._length, prompt if start < prompt else len(ids)))
 
     def _fresh(self, canvas: Canvas) -> bool:
         """Whether the next forward evaluates the whole canvas."""
-        turn = canvas.turn
-        return self._cache == "none" or turn == 0 or (self._refresh > 0 and turn % self._refresh == 0)
+        if self._cache == "none" or canvas.turn == 0:
+            return True
+        return self._refresh > 0 and canvas.turn % self._refresh == 0
 
     def _rows(self, canvas: Canvas) -> tuple[int, int]:
         """First and last + 1 position that a forward between refreshes evaluates."""
@@ -146,9 +153,10 @@ class FullCanvas:
 class BlockCanvas:
     """Block-causal attention in blocks of ``config.block_size``, aligned to absolute positions.
 
-    Rows of the unfinished block are evaluated in full, masks included, and not kept. A finished block is evaluated once
-    more, with its final tokens, in the first forward of the next one: its K/V is then exact for ever. ``length``: the
-    window inside a block. With ``shift`` the row before the block comes along in every forward.
+    Rows of the unfinished block are evaluated in full, masks included, and not kept. A finished
+    block is evaluated once more, with its final tokens, in the first forward of the next one: its
+    K/V is then exact for ever. ``length``: the window inside a block. With ``shift`` the row before
+    the block comes along in every forward.
     """
 
     def __init__(self, config: ModelConfig, mask: int, *, length: int):
@@ -158,9 +166,10 @@ class BlockCanvas:
 
     def open(self, seq: Sequence) -> Canvas:
         n = seq.prompt_len
-        canvas = Canvas(list(seq.tokens), self._mask, n + seq.params.max_tokens, base=n // self._block * self._block)
+        base = n // self._block * self._block
+        canvas = Canvas(list(seq.tokens), self._mask, n + seq.params.max_tokens, base=base)
         self._extend(canvas)
-        start = canvas.base + (n - canvas.base) // self._length * self._length
+        start = base + (n - base) // self._length * self._length
         canvas.enter(start, min(start + self._length, len(canvas.ids)))
         return canvas
 
@@ -204,6 +213,6 @@ class BlockCanvas:
         canvas.enter(canvas.stop, min(canvas.stop + self._length, len(canvas.ids)))
 
     def _extend(self, canvas: Canvas) -> None:
-        """Masks up to the end of the block at ``base``, or of the positions that the model knows."""
+        """Masks up to the end of the block at ``base``, or of the positions the model knows."""
         stop = min(canvas.base + self._block, self._limit)
         canvas.ids += [self._mask] * (stop - len(canvas.ids))

@@ -1,14 +1,16 @@
 """Masked diffusion decoding: every forward decides as many masked positions as the rule trusts.
 
-A forward gives each masked position of the current window a candidate token and a score (unmask.py); the rule picks the
-positions that become final; the canvas (canvas.py) says which rows the next forward needs. Tokens reach the engine as the
-decided part grows from the left. Sources: LLaDA, Dream, Fast-dLLM 1 and 2, SDAR, dInfer, EB-Sampler, CD4LM.
+A forward gives each masked position of the window a candidate token and a score (unmask.py); a rule
+picks those that become final; the canvas (canvas.py) says which rows come next. Tokens reach the
+engine as the decided part grows from the left; behind a final end-of-text nothing is decided any
+more. Sources: LLaDA, Dream, Fast-dLLM 1 and 2, SDAR, dInfer, EB-Sampler, CD4LM.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -29,15 +31,16 @@ DRAW, ORDER = 1, 2  # uses of the noise of one forward: candidates, and the rand
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """``unmask`` picks positions, ``threshold`` is its dial; ``score`` orders them; ``cache`` trades exactness for rows."""
+    """``unmask`` picks positions and ``threshold`` is its dial; ``score`` orders them; ``cache``
+    trades exactness for rows."""
 
     unmask: str = option(
         "threshold", "rule that picks the positions a forward decides",
         choices=("threshold", "fixed", "factor", "entropy", "eb", "dynamic", "hierarchy"),
     )
     threshold: float | None = option(
-        None, "dial of the rule: tau (threshold, dynamic, hierarchy: 0.9; above 1 = one token a forward), f (factor: 1), "
-        "nats (entropy: 0.45), gamma (eb: 0.1)", low=0.0,
+        None, "dial of the rule: tau (threshold, dynamic, hierarchy: 0.9; above 1 = one token a "
+        "forward), f (factor: 1), nats (entropy: 0.45), gamma (eb: 0.1)", low=0.0,
     )
     score: str = option(
         "confidence", "which position comes first",
@@ -47,22 +50,34 @@ class Options:
         None, "S: forwards a block (fixed, dynamic); none = one token a forward", low=1,
     )
     block_length: int | None = option(
-        None, "tokens decoded before the next block is begun; none = 32, or the block of a block-causal model", low=1,
+        None, "tokens decoded before the next block is begun; none = 32, or the block of a "
+        "block-causal model", low=1,
     )
     cache: str = option(
-        "auto", "K/V of a full-attention model: none is exact, prefix and dual approximate; auto = prefix. "
-        "block-causal models have the exact block cache", choices=("auto", "none", "prefix", "dual", "block"),
+        "auto", "K/V of a full-attention model: none is exact, prefix and dual approximate; auto = "
+        "prefix. Block-causal models have the exact block cache",
+        choices=("auto", "none", "prefix", "dual", "block"),
     )
-    refresh: int = option(0, "forwards between refreshes of the prefix or dual cache; 0 = once a block", low=0)
-    vicinity: int = option(0, "tokens around the block that the dual cache evaluates too (dInfer: 16)", low=0)
-    low: float = option(0.6, "hierarchy: the least confidence for the best of a run", low=0.0, high=1.0)
-    credit: float = option(0.0, "alpha of the credit for tokens that led before (dInfer: 0.7); 0 = off", low=0.0)
+    refresh: int = option(
+        0, "forwards between refreshes of the prefix or dual cache; 0 = once a block", low=0,
+    )
+    vicinity: int = option(
+        0, "tokens around the block that the dual cache evaluates too (dInfer: 16)", low=0,
+    )
+    low: float = option(
+        0.6, "hierarchy: the least confidence for the best of a run", low=0.0, high=1.0,
+    )
+    credit: float = option(
+        0.0, "alpha of the credit for tokens that led before (dInfer: 0.7); 0 = off", low=0.0,
+    )
     eos_policy: str = option(
-        "none", "end-of-text: suppress = never; confidence_zero = only when nothing else is left; min_progress = not "
-        "before eos_progress", choices=("none", "suppress", "confidence_zero", "min_progress"),
+        "none", "end-of-text: suppress = never; confidence_zero = only when nothing else is left; "
+        "min_progress = not before eos_progress",
+        choices=("none", "suppress", "confidence_zero", "min_progress"),
     )
     eos_progress: float = option(
-        0.3, "share of max_tokens to be decided before an end-of-text (min_progress)", low=0.0, high=1.0,
+        0.3, "share of max_tokens to be decided before an end-of-text (min_progress)",
+        low=0.0, high=1.0,
     )
     infill: bool = option(False, "fill mask tokens inside the prompt too (full attention)")
 
@@ -79,12 +94,13 @@ class Diffusion:
         config = host.config
         if config.attention not in self.kinds:
             raise UnsupportedError(
-                f"method 'diffusion' needs a masked diffusion model (full or block attention); this one has "
-                f"{config.attention!r} attention: use method 'ar'"
+                "method 'diffusion' needs a masked diffusion model (full or block attention); this "
+                f"one has {config.attention!r} attention: use method 'ar'"
             )
         if config.mask_token_id is None:
             raise UnsupportedError(
-                "method 'diffusion' needs a mask token, and the model's config.json has no mask_token_id: add it"
+                "method 'diffusion' needs a mask token, and the model's config.json has no "
+                "mask_token_id: add it"
             )
         check(options, config.attention, config.block_size)
         self._host, self._options, self._mask = host, options, config.mask_token_id
@@ -100,21 +116,23 @@ class Diffusion:
             self._rows: BlockCanvas | FullCanvas = BlockCanvas(config, self._mask, length=length)
         else:
             self._rows = FullCanvas(
-                config, self._mask, length=length, refresh=options.refresh, vicinity=options.vicinity,
+                config, self._mask, length=length,
                 cache="prefix" if options.cache == "auto" else options.cache,
+                refresh=options.refresh, vicinity=options.vicinity,
             )
 
     def admit(self, seq: Sequence) -> None:
         if self._mask in seq.tokens and not self._options.infill:
             raise PromptError(
-                f"the prompt holds the mask token {self._mask} at position {seq.tokens.index(self._mask)}: take it out, or "
-                "set infill=true to have it filled in (full-attention models)"
+                f"the prompt holds the mask token {self._mask} at position "
+                f"{seq.tokens.index(self._mask)}: take it out, or set infill=true to have it "
+                "filled in (full-attention models)"
             )
         need, total = self._rows.slots(seq), self._host.runner.alloc.total
         if need > total:
             raise CapacityError(
-                f"diffusion may need {need} cache slots for this request, the pool has {total}: raise kv_cache_tokens, "
-                "lower max_tokens, or use cache=none"
+                f"diffusion may need {need} cache slots for this request, the pool has {total}: "
+                "raise kv_cache_tokens, lower max_tokens, or use cache=none"
             )
         seq.state = self._rows.open(seq)
         seq.state.credit = Credit(self._options.credit) if self._options.credit else None
@@ -129,13 +147,16 @@ class Diffusion:
         self, seqs: list[Sequence], steps: list[Step], outcomes: list[Outcome]
     ) -> list[Commit]:
         asked = [step.extra.positions for step in steps]
+        ends = np.cumsum([0, *map(len, asked)]).tolist()
+        spans = [slice(a, b) for a, b in pairwise(ends)]
         laws = torch.cat([o.logits for o in outcomes])
         laws[:, self._mask] = -torch.inf
-        ends = np.cumsum([0, *map(len, asked)]).tolist()
-        spans = list(zip(ends, ends[1:], strict=False))
-        raw = [laws[a:b].clone() if seq.logprobs is not None else None for seq, (a, b) in zip(seqs, spans, strict=True)]
+        raw = [
+            laws[s].clone() if seq.logprobs is not None else None
+            for seq, s in zip(seqs, spans, strict=True)
+        ]
         self._process(seqs, asked, laws, spans)
-        found = self._candidates(seqs, asked, laws, spans)
+        found = self._candidates(seqs, asked, laws, spans, [o.argmax for o in outcomes])
         out = []
         for seq, step, c, law in zip(seqs, steps, found, raw, strict=True):
             self._decide(seq, step.extra.positions, c, law)
@@ -150,49 +171,51 @@ class Diffusion:
         return len(seq.view) > 0
 
     def _process(
-        self, seqs: list[Sequence], asked: list[list[int]], laws: Tensor, spans: list[tuple[int, int]]
+        self, seqs: list[Sequence], asked: list[list[int]], laws: Tensor, spans: list[slice]
     ) -> None:
-        """End-of-text policy, penalties, bias, minimum length and credit on all rows of ``laws``, in place."""
+        """End-of-text policy, penalties, bias, minimum length, credit: on all ``laws``, in
+        place."""
         if self._options.eos_policy == "suppress":
             laws[:, self._stops] = -torch.inf
-        for seq, positions, (a, b) in zip(seqs, asked, spans, strict=True):
-            if plain(seq):
-                pass
-            else:
-                path = [t for t in seq.state.ids[len(seq.tokens) :] if t != self._mask]
-                for row, at in zip(range(a, b), positions, strict=True):
-                    laws[row] = seq.sampler.process(laws[row], at - seq.prompt_len, path)
+        for seq, positions, s in zip(seqs, asked, spans, strict=True):
+            if processed(seq):
+                rest = [t for t in seq.state.ids[len(seq.tokens) :] if t != self._mask]
+                for row, at in zip(laws[s], positions, strict=True):
+                    row.copy_(seq.sampler.process(row, at - seq.prompt_len, rest))
             if seq.state.credit is not None:
-                seq.state.credit.fuse(laws[a:b], positions)
+                seq.state.credit.fuse(laws[s], positions)
 
     def _candidates(
-        self, seqs: list[Sequence], asked: list[list[int]], laws: Tensor, spans: list[tuple[int, int]]
+        self, seqs: list[Sequence], asked: list[list[int]], laws: Tensor, spans: list[slice],
+        best: list[np.ndarray],
     ) -> list[Candidates]:
         """One batch of torch operations for all sequences of the same sampling parameters."""
         groups: dict[tuple, list[int]] = {}
         for i, seq in enumerate(seqs):
-            p = seq.params
-            groups.setdefault((p.temperature, p.top_k, p.top_p, p.min_p) if p.temperature else (), []).append(i)
-        out: list[Candidates | None] = [None] * len(seqs)
-        for members in groups.values():
+            groups.setdefault(kind(seq), []).append(i)
+        out: dict[int, Candidates] = {}
+        for key, members in groups.items():
             rows = laws
             if len(members) < len(seqs):
-                rows = torch.cat([laws[slice(*spans[i])] for i in members])
-            params = seqs[members[0]].params
-            uniform = None
-            if params.temperature:
+                rows = torch.cat([laws[spans[i]] for i in members])
+            uniform = known = None
+            if key[0]:
                 uniform = np.concatenate([uniforms(seqs[i], asked[i], DRAW) for i in members])
-            all_of_them = candidates(rows, params, uniform, **self._wants)
+            elif not key[-1] and not self._options.credit:
+                known = np.concatenate([best[i] for i in members])
+            c = candidates(rows, seqs[members[0]].params, uniform, best=known, **self._wants)
             at = 0
             for i in members:
-                out[i] = all_of_them.part(at, at + len(asked[i]))
+                out[i] = c.part(at, at + len(asked[i]))
                 at += len(asked[i])
-        return out  # type: ignore[return-value]
+        return [out[i] for i in range(len(seqs))]
 
-    def _decide(self, seq: Sequence, positions: list[int], c: Candidates, law: Tensor | None) -> None:
+    def _decide(
+        self, seq: Sequence, positions: list[int], c: Candidates, law: Tensor | None
+    ) -> None:
         """Write what this forward decides onto the canvas."""
         o, canvas = self._options, seq.state
-        is_stop = np.isin(c.tokens, self._stops)
+        is_stop = (c.tokens[:, None] == self._stops).any(1)
         if o.eos_policy in ("confidence_zero", "min_progress") and is_stop.any():
             done = sum(i >= seq.prompt_len for i in canvas.decided)
             if o.eos_policy == "confidence_zero" or done < o.eos_progress * seq.params.max_tokens:
@@ -210,7 +233,7 @@ class Diffusion:
                 canvas.logprobs[at] = top_logprobs(law[i], token, seq.params.logprobs or 0)
 
     def _commit(self, seq: Sequence, step: Step) -> Commit:
-        """Hand over what is decided without a gap, and go on to the next window when this one is done."""
+        """Hand over what is decided without a gap; go to the next window when this one is done."""
         canvas: Canvas = seq.state
         canvas.turn += 1
         if not canvas.masked():
@@ -235,32 +258,47 @@ class Diffusion:
 
 def check(o: Options, attention: str, block: int) -> None:
     """Refuse options that the model cannot have, or that the chosen rule would ignore."""
-    full = attention == "full"
-    if o.cache == "block" if full else o.cache not in ("auto", "block"):
-        raise OptionError("diffusion.cache", o.cache, "auto, none, prefix or dual" if full else "auto or block (exact)")
-    if not full and o.block_length is not None and o.block_length > block:
-        raise OptionError("diffusion.block_length", o.block_length, f"at most {block}, the block the model was trained with")
-    if not full and o.infill:
-        raise OptionError("diffusion.infill", o.infill, "false: a block-causal model does not see what comes later")
+
+    def refuse(name: str, allowed: str) -> None:
+        raise OptionError(f"diffusion.{name}", getattr(o, name), allowed)
+
+    if attention == "full":
+        if o.cache == "block":
+            refuse("cache", "auto, none, prefix or dual for a full-attention model")
+    else:
+        if o.cache not in ("auto", "block"):
+            refuse("cache", "auto or block (exact) for a block-causal model")
+        if o.block_length is not None and o.block_length > block:
+            refuse("block_length", f"at most {block}, the block that the model was trained with")
+        if o.infill:
+            refuse("infill", "false: a block-causal model does not see what comes later")
     if o.steps is not None and o.unmask not in ("fixed", "dynamic"):
-        raise OptionError("diffusion.steps", o.steps, f"none with unmask={o.unmask}: only fixed and dynamic have steps")
+        refuse("steps", f"none with unmask={o.unmask}: only fixed and dynamic have steps")
     if o.threshold is not None and o.unmask == "fixed":
-        raise OptionError("diffusion.threshold", o.threshold, "none with unmask=fixed: set steps")
-    if (o.refresh or o.vicinity) and (not full or o.cache == "none"):
-        raise OptionError("diffusion.refresh or vicinity", o.refresh or o.vicinity, "0 without the prefix or dual cache")
+        refuse("threshold", "none with unmask=fixed: set steps")
+    if o.refresh and (attention != "full" or o.cache == "none"):
+        refuse("refresh", "0 without the prefix or dual cache")
     if o.vicinity and o.cache != "dual":
-        raise OptionError("diffusion.vicinity", o.vicinity, "0 unless cache=dual")
+        refuse("vicinity", "0 unless cache=dual")
 
 
-def plain(seq: Sequence) -> bool:
-    """Whether the sampler leaves logits as they are before the temperature."""
+def processed(seq: Sequence) -> bool:
+    """Whether the sampler changes logits before the temperature."""
     p = seq.params
     penalties = p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0
-    return not (penalties or p.logit_bias or p.min_tokens)
+    return bool(penalties or p.logit_bias or p.min_tokens)
+
+
+def kind(seq: Sequence) -> tuple:
+    """Sequences of one kind are sampled in one batch: temperature, truncation, whether
+    processed."""
+    p = seq.params
+    rest = (p.top_k, p.top_p, p.min_p) if p.temperature else ()
+    return p.temperature, *rest, not p.temperature and processed(seq)
 
 
 def uniforms(seq: Sequence, positions: list[int], use: int) -> np.ndarray:
-    """float64 [n] in (0, 1), a function of the seed, the choice, the number of the forward and the position."""
+    """float64 [n] in (0, 1): functions of seed, choice, number of the forward and position only."""
     return noise(seq.sampler.key, seq.metrics.forwards, use, positions[-1] + 1)[positions]
 
 

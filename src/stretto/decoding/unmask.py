@@ -1,7 +1,8 @@
-"""Which masked positions become tokens after a forward: a candidate and a score per position, and a rule that picks.
+"""Which masked positions become tokens: a candidate and a score for each, and a rule that picks.
 
-Pure functions of arrays. Legend: n masked positions in ascending order, V vocabulary. All rules return bool [n]; ``select``
-adds what holds for all of them: at least one position, the one of the highest score, ties to the lowest position.
+Pure functions of arrays. Legend: n masked positions in ascending order, V vocabulary. All rules
+return bool [n]; ``select`` adds what holds for all of them: at least one position, then the one of
+the highest score, ties to the lowest position.
 """
 
 from __future__ import annotations
@@ -16,17 +17,22 @@ from torch import Tensor
 from stretto.engine.params import SamplingParams
 from stretto.engine.sampling import truncate
 
-__all__ = ["DIALS", "RULES", "SCORES", "Candidates", "Credit", "candidates", "quota", "score", "select"]
+__all__ = [
+    "DIALS", "RULES", "SCORES", "Candidates", "Credit", "candidates", "quota", "score", "select",
+]
 
 SCORES = ("confidence", "margin", "neg_entropy", "random", "position")
 RULES = ("threshold", "fixed", "factor", "entropy", "eb", "dynamic", "hierarchy")
-DIALS = {"threshold": 0.9, "dynamic": 0.9, "hierarchy": 0.9, "factor": 1.0, "entropy": 0.45, "eb": 0.1}
+DIALS = {
+    "threshold": 0.9, "dynamic": 0.9, "hierarchy": 0.9, "factor": 1.0, "entropy": 0.45, "eb": 0.1,
+}
 CHUNK = 1 << 22  # elements of a law held at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """One candidate token a position, and what its law says. ``margin``, ``entropy``: zeros unless asked for."""
+    """One candidate token a position, and what its law says. ``margin``, ``entropy``: zeros unless
+    asked for."""
 
     tokens: np.ndarray  # int64 [n]
     confidence: np.ndarray  # float64 [n], p(token)
@@ -40,46 +46,74 @@ class Candidates:
     def held_back(self, held: np.ndarray) -> Candidates:
         """The positions of bool ``held`` [n] made the least attractive ones."""
         return Candidates(
-            self.tokens, np.where(held, -np.inf, self.confidence), np.where(held, -np.inf, self.margin),
-            np.where(held, np.inf, self.entropy),
+            self.tokens, np.where(held, -np.inf, self.confidence),
+            np.where(held, -np.inf, self.margin), np.where(held, np.inf, self.entropy),
         )
 
 
 def candidates(
     logits: Tensor, params: SamplingParams, uniform: np.ndarray | None = None, *,
-    margin: bool = False, entropy: bool = False,
+    best: np.ndarray | None = None, margin: bool = False, entropy: bool = False,
 ) -> Candidates:
     """Candidates of processed logits float [n, V].
 
-    Temperature 0: the argmax, judged by the plain law. Else a draw from the law after temperature, top-k, top-p and
-    min-p, judged by that law; ``uniform`` [n] in (0, 1) are its random numbers.
+    Temperature 0: the argmax, judged by the plain law; ``best`` [n] may give the argmax of the
+    logits before some of them were set to -inf. Else a draw from the law after temperature, top-k,
+    top-p and min-p, judged by that law; ``uniform`` [n] in (0, 1) are its random numbers.
     """
-    parts: list[list[np.ndarray]] = []
     rows = max(1, CHUNK // logits.shape[-1])
+    parts = []
     for i in range(0, len(logits), rows):
-        part = logits[i : i + rows]
-        law = _law(part, params)
-        tokens = part.argmax(-1) if uniform is None else draw(law, uniform[i : i + rows])
-        columns = [tokens, law.gather(-1, tokens[:, None])[:, 0]]
-        zeros = torch.zeros(len(part))
-        columns.append(-law.topk(2).values.diff()[:, 0] if margin else zeros)
-        columns.append(torch.special.entr(law).sum(-1) if entropy else zeros)
-        parts.append([c.cpu().numpy() for c in columns])
-    tokens, *rest = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return Candidates(tokens, *(column.astype(np.float64) for column in rest))
+        s = slice(i, i + rows)
+        noise, known = (None if x is None else x[s] for x in (uniform, best))
+        parts.append(_judge(logits[s], params, noise, known, margin, entropy))
+    if len(parts) == 1:
+        return Candidates(*parts[0])
+    return Candidates(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def _judge(
+    logits: Tensor, params: SamplingParams, uniform: np.ndarray | None, best: np.ndarray | None,
+    margin: bool, entropy: bool,
+) -> tuple[np.ndarray, ...]:
+    """The columns of Candidates for logits that are few enough to hold their law."""
+    zeros = np.zeros(len(logits))
+    law = _law(logits, params) if uniform is not None or margin or entropy else None
+    if uniform is not None:
+        tokens = draw(law, uniform)
+        confidence = law.gather(-1, tokens[:, None])[:, 0]
+    else:
+        peak = logits.amax(-1, keepdim=True)
+        tokens = _argmax(logits, peak, best)
+        confidence = 1 / (logits - peak).exp_().sum(-1)
+    return (
+        tokens.cpu().numpy(),
+        confidence.double().cpu().numpy(),
+        -law.topk(2).values.diff()[:, 0].double().cpu().numpy() if margin else zeros,
+        torch.special.entr(law).sum(-1).double().cpu().numpy() if entropy else zeros,
+    )
+
+
+def _argmax(logits: Tensor, peak: Tensor, best: np.ndarray | None) -> Tensor:
+    """int64 [n]; only rows whose ``best`` is not the largest any more are searched."""
+    if best is None:
+        return logits.argmax(-1)
+    tokens = torch.tensor(best, device=logits.device)
+    lost = logits.gather(-1, tokens[:, None]) < peak
+    if lost.any():
+        lost = lost[:, 0]
+        tokens[lost] = logits[lost].argmax(-1)
+    return tokens
 
 
 def _law(logits: Tensor, params: SamplingParams) -> Tensor:
     if params.temperature == 0.0:
         return torch.softmax(logits, -1)
-    law = torch.softmax(logits.double() / params.temperature, -1)
-    if params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0:
-        law = torch.stack([truncate(p, params) for p in law])
-    return law
+    return truncate(torch.softmax(logits.double() / params.temperature, -1), params)
 
 
 def draw(law: Tensor, uniform: np.ndarray) -> Tensor:
-    """int64 [n]: a token from each row of float64 ``law`` [n, V], by the inverse of its distribution function."""
+    """int64 [n]: a token from each row of float64 ``law`` [n, V], by inverting its distribution."""
     cumulated = law.cumsum(-1)
     total = cumulated[:, -1:].contiguous()
     at = torch.from_numpy(np.ascontiguousarray(uniform)).to(law)[:, None] * total
@@ -99,9 +133,9 @@ def score(name: str, c: Candidates, uniform: np.ndarray | None = None) -> np.nda
 
 
 def quota(masked: int, steps: int | None, turn: int) -> int:
-    """How many of ``masked`` positions step ``turn`` (0-based) of ``steps`` takes: n // S, one more in the first n mod S.
+    """How many of n ``masked`` positions step ``turn`` (0-based) of S ``steps`` takes.
 
-    None: as many steps as positions.
+    n // S, and one more in the first n mod S steps; None: as many steps as positions.
     """
     steps = steps or masked
     return max(1, masked // steps + (turn < masked % steps))
@@ -115,7 +149,8 @@ def take_best(score: np.ndarray, k: int) -> np.ndarray:
 
 
 def take_factor(confidence: np.ndarray, f: float) -> np.ndarray:
-    """The n most confident, n the largest with c(j) >= 1 - f / (j + 1) for all j <= n, j from 1 (Fast-dLLM)."""
+    """The n most confident: the largest n with c(j) >= 1 - f / (j + 1) for all j in 1..n
+    (Fast-dLLM)."""
     order = np.argsort(-confidence, kind="stable")
     good = confidence[order] >= 1 - f / (np.arange(1, len(order) + 1) + 1)
     return _leading(order, good)
@@ -135,7 +170,8 @@ def take_dynamic(confidence: np.ndarray, score: np.ndarray, tau: float, k: int) 
 
 
 def take_runs(confidence: np.ndarray, positions: Seq[int], low: float, tau: float) -> np.ndarray:
-    """The best of each run of neighbouring masked positions if it reaches ``low``, and all from tau on (dInfer)."""
+    """The best of each run of masked neighbours if it reaches ``low``, and all from tau on
+    (dInfer)."""
     out = confidence >= tau
     starts = np.flatnonzero(np.diff(np.asarray(positions), prepend=-2) != 1)
     for a, b in zip(starts, [*starts[1:], len(confidence)], strict=True):
@@ -153,12 +189,13 @@ def _leading(order: np.ndarray, good: np.ndarray) -> np.ndarray:
 
 
 def select(
-    rule: str, c: Candidates, score: np.ndarray, positions: Seq[int], *, dial: float, k: int, low: float = 0.6,
+    rule: str, c: Candidates, score: np.ndarray, positions: Seq[int], *,
+    dial: float, k: int, low: float = 0.6,
 ) -> np.ndarray:
     """bool [n]: the positions that become final.
 
-    ``dial``: tau, f, nats or gamma, as the rule has it; ``k``: the quota of this step. Positions of score -inf are
-    taken only when there are no others, and then one at a time.
+    ``dial``: tau, f, nats or gamma, as the rule has it; ``k``: the quota of this step. Positions of
+    score -inf are taken only when there are no others, and then one at a time.
     """
     if rule == "threshold":
         out = c.confidence >= dial
@@ -179,8 +216,8 @@ def select(
 
 
 class Credit:
-    """Credit of the tokens that led before: credit <- decay * credit + [token leads] * p^gamma per step, and
-    logits + alpha * ln(1 + credit) (CreditDecoding)."""
+    """Credit of the tokens that led before (CreditDecoding): credit <- decay * credit + [token
+    leads] * p^gamma in each step, and logits + alpha * ln(1 + credit)."""
 
     GAMMA, DECAY = 0.2, 0.8
 
