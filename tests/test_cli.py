@@ -8,8 +8,18 @@ import pytest
 from typer.testing import CliRunner
 
 from stretto.cli import app
+from stretto.cli.common import _flatten
 
-LIGHT = [["--help"], ["--version"], ["methods"], ["methods", "ngram"], ["systems", "--json"], ["train"], ["bench", "--help"]]
+LIGHT = [
+    ["--help"],
+    ["--version"],
+    ["methods"],
+    ["methods", "ngram"],
+    ["systems", "--json"],
+    ["train"],
+    ["bench", "--help"],
+]
+VERBS = "run chat bench eval tune train methods systems reproduce doctor".split()
 
 
 def invoke(*args):
@@ -34,7 +44,13 @@ def test_import_stretto_is_light():
 
 
 @pytest.mark.parametrize(
-    "args, key", [(["methods"], "methods"), (["systems"], "systems"), (["train"], "recipes"), (["methods", "ar"], "name")]
+    "args, key",
+    [
+        (["methods"], "methods"),
+        (["systems"], "systems"),
+        (["train"], "recipes"),
+        (["methods", "ar"], "name"),
+    ],
 )
 def test_json_is_one_object(args, key):
     done = invoke(*args, "--json")
@@ -72,6 +88,93 @@ def test_wrong_input_is_one_clear_line(args, code, words):
     assert words[0] in json.loads(again.stdout)["error"]["message"]
 
 
-def test_unknown_verbs_and_flags_are_refused():
-    assert invoke("sing").exit_code == 2
-    assert invoke("run", "zoo:tiny", "x", "--loud").exit_code == 2
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["sing"], ["sing", "run"]),
+        (["rum"], ["did you mean 'run'"]),
+        (["run", "zoo:tiny", "x", "--loud"], ["--loud"]),
+        (["bench", "--seed", "x"], ["--seed"]),
+        (["reproduce"], ["rgument"]),
+    ],
+    ids=lambda v: " ".join(v),
+)
+def test_a_wrong_command_line_is_one_line(args, words):
+    done = invoke(*args)
+    assert done.exit_code == 2 and not done.stdout
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("stretto: ") and all(w in line for w in words), line
+    again = invoke(*args, "--json")
+    assert again.exit_code == 2 and words[0] in json.loads(again.stdout)["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("max_tokens: 0", "max_tokens=0"),
+        ("max-tokens: 7\ntemperature: -3", "temperature=-3"),
+        ("max_tokes: 5", "did you mean 'max-tokens'"),
+        ("- a\n- b", "must hold a map"),
+        ("a: [", "cannot be read as YAML"),
+        ("method: foo\noptions: {num_draft_tokens: 4}", "foo"),
+    ],
+)
+def test_config_files_set_defaults(tmp_path, text, words):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    done = invoke("run", "zoo:tiny", "x", "--config", str(path))
+    assert done.exit_code == 2 and words in done.stderr.replace("-3.0", "-3"), done.stderr
+    assert invoke("run", "zoo:tiny", "x", "--config", str(tmp_path / "none")).exit_code == 2
+
+
+def test_the_command_line_wins_over_the_config(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("max_tokens: 0\nmethod: foo")
+    done = invoke("run", "zoo:tiny", "x", "--max-tokens", "5", "--config", str(path))
+    assert "foo" in done.stderr and "max_tokens" not in done.stderr
+
+
+def test_methods_options_in_a_config_are_pairs():
+    assert _flatten({"gamma": 4, "adapt": True}) == ["gamma=4", "adapt=true"]
+    assert _flatten({"draft": {"gamma": 4, "tree": "wide"}}) == ["draft.gamma=4", "draft.tree=wide"]
+
+
+@pytest.mark.parametrize("verb", [None, *VERBS])
+def test_every_verb_has_help_and_json(verb):
+    done = invoke(*([verb] if verb else []), "--help")
+    assert done.exit_code == 0 and "--help" in done.stdout
+    if verb is None:
+        assert all(f"  {v} " in done.stdout for v in VERBS)
+    else:
+        assert "--json" in done.stdout
+
+
+def test_no_arguments_show_the_help():
+    done = invoke()
+    assert done.exit_code == 0 and "Usage: stretto" in done.stderr + done.stdout
+
+
+def test_unexpected_errors_are_json_too(monkeypatch):
+    import stretto.decoding.registry as registry
+
+    monkeypatch.setattr(registry, "get", lambda name: 1 / 0)
+    done = invoke("methods", "ar", "--json")
+    assert done.exit_code == 1
+    assert json.loads(done.stdout)["error"]["type"] == "ZeroDivisionError"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs the rusage of children")
+def test_help_is_quick():
+    """Measured in processor time, so that a busy machine does not matter."""
+    import resource
+
+    def seconds():
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    costs = []
+    for _ in range(3):
+        start = seconds()
+        subprocess.run([sys.executable, "-m", "stretto", "--help"], check=True, capture_output=True)
+        costs.append(seconds() - start)
+    assert min(costs) < 0.4, costs

@@ -36,7 +36,16 @@ def test_entries_are_complete_and_honest(system):
     for part in system.parts:
         importlib.import_module(part)
     assert (system.state == "missing") == (not system.parts)
-    assert set(system.row()) == {"slug", "title", "purpose", "paper", "room", "state", "command", "evidence"}
+    assert set(system.row()) == {
+        "slug",
+        "title",
+        "purpose",
+        "paper",
+        "room",
+        "state",
+        "command",
+        "evidence",
+    }
     if system.evidence is None:
         with pytest.raises(UnsupportedError, match=system.slug):
             system.measure(True)

@@ -25,7 +25,15 @@ _HOMES = {
     "SamplingParams": "stretto.engine.params",
     "load": "stretto.models.checkpoint",
 }
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__", "errors", "load"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "RequestOutput",
+    "SamplingParams",
+    "__version__",
+    "errors",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,11 +10,21 @@ import typer
 
 from stretto import __version__
 from stretto.cli import bench, chat, doctor, evaluate, listing, reproduce, run, train, tune
+from stretto.cli.common import Group
+
+__all__ = ["app", "main"]
+
+ABOUT = "Language models in parallel: many published methods on one engine, measured side by side."
 
 app = typer.Typer(
-    name="stretto", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
-    help="Language models in parallel: many published methods on one engine, measured side by side.",
-    context_settings={"help_option_names": ["-h", "--help"]}, pretty_exceptions_enable=False,
+    name="stretto",
+    cls=Group,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    help=ABOUT,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
 )
 app.command("run")(run.run)
 app.command("chat")(chat.chat)
@@ -34,13 +44,13 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(help=ABOUT)
 def root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Language models in parallel: many published methods on one engine, measured side by side."""
+    """What stands before the verb."""
 
 
 def main() -> None:

@@ -7,37 +7,76 @@ from typing import Annotated, Any
 
 import typer
 
-from stretto.cli.common import Device, Dtype, Json, Options, Seed, Tasks, Threads, emit, progress, split_names, verb
+from stretto.cli.common import (
+    Config,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Seed,
+    Tasks,
+    Threads,
+    emit,
+    progress,
+    split_names,
+    verb,
+)
 from stretto.errors import OptionError
 
 
 @verb
 def bench(
-    model: Annotated[str, typer.Argument(help="zoo:NAME, a directory, or a hub id.")] = "zoo:tiny",
-    methods: Annotated[str, typer.Option("--methods", help="Methods, comma-separated; 'all'.")] = "all",
+    model: Model = "zoo:tiny",
+    methods: Annotated[
+        str, typer.Option("--methods", help="Methods, comma-separated; 'all'.")
+    ] = "all",
     tasks: Tasks = "",
     option: Annotated[
-        list[str] | None, typer.Option("--option", "-o", metavar="METHOD.KEY=VALUE", help="Option of a method.")
+        list[str] | None,
+        typer.Option("--option", "-o", metavar="METHOD.KEY=VALUE", help="Option of a method."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Under a minute, wider spreads.")] = False,
     samples: Annotated[int | None, typer.Option("--samples", help="Prompts a task.")] = None,
     batch: Annotated[int, typer.Option("--batch", help="Prompts decoded at the same time.")] = 1,
     html: Annotated[Path | None, typer.Option("--html", help="Write the report here.")] = None,
-    peers: Annotated[bool, typer.Option("--peers", help="Also transformers and llama.cpp, where installed.")] = False,
-    fast: Annotated[bool, typer.Option("--fast", help="Not deterministic: 'equal' is then a share.")] = False,
-    seed: Seed = 0, dtype: Dtype = "auto", device: Device = "auto", threads: Threads = None,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Also transformers and llama.cpp, where installed.")
+    ] = False,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Not deterministic: 'equal' is then a share.")
+    ] = False,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+    config: Config = None,
     as_json: Json = False,
 ) -> None:
-    """Measure methods side by side: speed-up, tokens per forward, equality with plain decoding, quality."""
+    """Measure methods side by side.
+
+    For each: speed-up, tokens per forward, share of the same text, quality.
+    """
     if not as_json:
         typer.echo(f"stretto bench {model}: loading", err=True)
     from stretto.bench.runner import bench as measure
 
     with progress(as_json) as report:
         result = measure(
-            model, split_names(methods), ["all"] if tasks == "all" else split_names(tasks), quick=quick,
-            samples=samples, batch=batch, html=html, peers=peers, seed=seed, threads=threads, dtype=dtype,
-            device=device, deterministic=not fast, options=_options(option), progress=report,
+            model,
+            split_names(methods),
+            ["all"] if tasks == "all" else split_names(tasks),
+            quick=quick,
+            samples=samples,
+            batch=batch,
+            html=html,
+            peers=peers,
+            seed=seed,
+            threads=threads,
+            dtype=dtype,
+            device=device,
+            deterministic=not fast,
+            options=_options(option),
+            progress=report,
         )
     if as_json:
         emit(result)
@@ -45,8 +84,6 @@ def bench(
     from stretto.bench.table import print_rows
 
     print_rows(result)
-    if html:
-        typer.echo(f"report: {html}")
 
 
 def _options(pairs: list[str] | None) -> dict[str, dict[str, Any]]:

@@ -2,52 +2,69 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any
 
 import typer
 
-from stretto.cli.common import Deterministic, Device, Dtype, Json, MethodName, Options, Threads, emit, parse_pairs, verb
+from stretto.cli.common import (
+    Config,
+    Deterministic,
+    Device,
+    Dtype,
+    Json,
+    MethodName,
+    Model,
+    Options,
+    Seed,
+    Threads,
+    emit,
+    parse_pairs,
+    verb,
+)
 from stretto.cli.run import cost, open_llm
 from stretto.engine.params import SamplingParams
 
-HELP = "Type a message. /method NAME changes the method, /reset forgets the conversation, /quit leaves."
+HELP = "Type a message. /method NAME changes the method, /reset forgets, /quit leaves."
 
 
 @verb
 def chat(
-    model: Annotated[str, typer.Argument(help="zoo:NAME, a directory, or a hub id.")] = "zoo:tiny",
+    model: Model = "zoo:tiny",
     method: MethodName = "ar",
     option: Options = None,
     system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens")] = 256,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", help="Most tokens of an answer.")
+    ] = 256,
     temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
-    dtype: Dtype = "auto", device: Device = "auto", threads: Threads = None, deterministic: Deterministic = False,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+    deterministic: Deterministic = False,
+    config: Config = None,
     as_json: Json = False,
 ) -> None:
-    """Talk to a model; with --json every line of stdin is a message and every answer an object."""
+    """Talk to a model.
+
+    With --json every line of stdin is a message, and one object comes at the end.
+    """
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    llm, method, options = open_llm(model, method, parse_pairs(option), dtype, device, threads, deterministic)
-    start = [{"role": "system", "content": system}] if system else []
-    messages: list[dict[str, str]] = list(start)
+    llm, method, options = open_llm(
+        model, method, parse_pairs(option), dtype, device, threads, deterministic
+    )
+    talk = Conversation(llm, params, method, options, system, quiet=as_json)
     if not as_json:
         typer.echo(HELP, err=True)
     while (text := _read(as_json)) is not None:
         if text.startswith("/"):
-            word, _, rest = text[1:].partition(" ")
-            if word in ("quit", "exit", "q"):
-                return
-            if word == "reset":
-                messages = list(start)
-            elif word == "method" and rest.strip():
-                llm.method(rest.strip())
-                method, options = rest.strip(), {}
-            else:
-                typer.echo(HELP, err=True)
-            continue
-        if text.strip():
-            messages.append({"role": "user", "content": text})
-            messages.append({"role": "assistant", "content": _answer(llm, messages, params, method, options, as_json)})
+            if not talk.command(text):
+                break
+        elif text.strip():
+            talk.say(text)
+    if as_json:
+        emit({"model": model, "turns": talk.turns, "messages": talk.messages})
 
 
 def _read(as_json: bool) -> str | None:
@@ -57,20 +74,68 @@ def _read(as_json: bool) -> str | None:
         return None
 
 
-def _answer(
-    llm: Any, messages: list[dict[str, str]], params: SamplingParams, method: str, options: Any, as_json: bool
-) -> str:
-    seen: list[Any] = []
-    pieces = []
-    for piece in llm.stream(llm.chat_prompt(messages), params, method=method, options=options, seen=seen.append):
-        pieces.append(piece)
-        if not as_json:
-            typer.echo(piece, nl=False)
-    text = "".join(pieces)
-    if as_json:
-        metrics = seen[0].seq.metrics
-        emit({"text": text, "forwards": metrics.forwards, "tokens_per_forward": metrics.tokens_per_forward})
-    else:
-        typer.echo()
-        cost(seen[0], method)
-    return text
+class Conversation:
+    """The messages so far, and what each answer cost."""
+
+    def __init__(
+        self,
+        llm: Any,
+        params: SamplingParams,
+        method: str,
+        options: dict[str, Any],
+        system: str | None,
+        *,
+        quiet: bool,
+    ):
+        self._llm, self._params, self._quiet = llm, params, quiet
+        self._method, self._options = method, options
+        self._start = [{"role": "system", "content": system}] if system else []
+        self.messages: list[dict[str, str]] = list(self._start)
+        self.turns: list[dict[str, Any]] = []
+
+    def command(self, text: str) -> bool:
+        """Obey a line that starts with a slash; False ends the conversation."""
+        word, _, rest = text[1:].partition(" ")
+        if word in ("quit", "exit", "q"):
+            return False
+        if word == "reset":
+            self.messages = list(self._start)
+        elif word == "method" and rest.strip():
+            self._llm.method(rest.strip())
+            self._method, self._options = rest.strip(), {}
+        else:
+            typer.echo(HELP, err=True)
+        return True
+
+    def say(self, text: str) -> None:
+        """Answer a message, streaming, and remember both."""
+        self.messages.append({"role": "user", "content": text})
+        streams: list[Any] = []
+        pieces = []
+        for piece in self._llm.stream(
+            self._llm.chat_prompt(self.messages),
+            self._params,
+            method=self._method,
+            options=self._options,
+            seen=streams.append,
+        ):
+            pieces.append(piece)
+            if not self._quiet:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+        answer, metrics = "".join(pieces), streams[0].seq.metrics
+        self.messages.append({"role": "assistant", "content": answer})
+        self.turns.append(
+            {
+                "text": answer,
+                "method": self._method,
+                "finish_reason": streams[0].finish_reason,
+                "tokens": metrics.tokens,
+                "forwards": metrics.forwards,
+                "tokens_per_forward": metrics.tokens_per_forward,
+                "seconds": metrics.seconds,
+            }
+        )
+        if not self._quiet:
+            typer.echo()
+            cost(streams[0], self._method)

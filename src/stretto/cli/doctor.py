@@ -9,7 +9,12 @@ from stretto.cli.common import Json, Threads, emit, verb
 
 @verb
 def doctor(threads: Threads = None, as_json: Json = False) -> None:
-    """Check the installation, the processor, the fast paths and the shipped models."""
+    """Check the installation and this machine.
+
+    ok: there; --: missing, costs speed or a feature; NO: missing and needed (exit code 1).
+    """
+    if not as_json:
+        typer.echo("stretto doctor: a few seconds of measuring", err=True)
     from stretto.bench.doctor import doctor as examine
 
     result = examine(threads)
@@ -17,6 +22,7 @@ def doctor(threads: Threads = None, as_json: Json = False) -> None:
         emit(result)
     else:
         for check in result["checks"]:
-            typer.echo(f"{'ok' if check['ok'] else '--':3} {check['name']:24} {check['value']}")
+            mark = "ok" if check["ok"] else "NO" if check["needed"] else "--"
+            typer.echo(f"{mark:3} {check['name']:24} {check['value']}")
     if not result["ok"]:
         raise typer.Exit(1)

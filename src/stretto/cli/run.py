@@ -9,7 +9,19 @@ from typing import Annotated, Any
 import typer
 
 from stretto.cli.common import (
-    Deterministic, Device, Dtype, Json, MethodName, Options, Threads, emit, parse_pairs, verb,
+    Config,
+    Deterministic,
+    Device,
+    Dtype,
+    Json,
+    MethodName,
+    Model,
+    Options,
+    Seed,
+    Threads,
+    emit,
+    parse_pairs,
+    verb,
 )
 from stretto.engine.params import SamplingParams
 from stretto.errors import PromptError
@@ -17,31 +29,58 @@ from stretto.errors import PromptError
 
 @verb
 def run(
-    model: Annotated[str, typer.Argument(help="zoo:NAME, a directory, or a hub id.")],
-    prompt: Annotated[str | None, typer.Argument(help="The prompt; '-' or nothing reads stdin.")] = None,
+    model: Model,
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt; '-' or nothing reads stdin.")
+    ] = None,
     method: MethodName = "ar",
     option: Options = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Most tokens of the answer.")] = 256,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", help="Most tokens of the answer.")
+    ] = 256,
     temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option("--top-p")] = 1.0,
+    top_p: Annotated[float, typer.Option("--top-p", help="1 is off.")] = 1.0,
     top_k: Annotated[int, typer.Option("--top-k", help="0 is off.")] = 0,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
-    stop: Annotated[list[str] | None, typer.Option("--stop", help="Stop string; repeatable.")] = None,
-    json_schema: Annotated[str | None, typer.Option("--json-schema", help="JSON schema the answer follows.")] = None,
-    regex: Annotated[str | None, typer.Option("--regex", help="Expression the answer matches.")] = None,
+    min_p: Annotated[float, typer.Option("--min-p", help="0 is off.")] = 0.0,
+    seed: Seed = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="Stop string; repeatable.")
+    ] = None,
+    json_schema: Annotated[
+        str | None, typer.Option("--json-schema", help="JSON schema that the answer follows.")
+    ] = None,
+    regex: Annotated[
+        str | None, typer.Option("--regex", help="Expression that the answer matches.")
+    ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template around the prompt.")] = False,
-    dtype: Dtype = "auto", device: Device = "auto", threads: Threads = None, deterministic: Deterministic = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+    deterministic: Deterministic = False,
+    config: Config = None,
     as_json: Json = False,
 ) -> None:
-    """Complete a prompt, streaming the text; the cost goes to stderr."""
+    """Complete a prompt.
+
+    The text streams to stdout; what it cost goes to stderr.
+    """
     params = SamplingParams(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop,
-        json_schema=json_schema, regex=regex,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        seed=seed,
+        stop=stop,
+        json_schema=json_schema,
+        regex=regex,
     )
     text = sys.stdin.read() if prompt in (None, "-") else prompt
     if not text or not text.strip():
         raise PromptError("the prompt is empty: give it as an argument or on stdin")
-    llm, method, options = open_llm(model, method, parse_pairs(option), dtype, device, threads, deterministic)
+    llm, method, options = open_llm(
+        model, method, parse_pairs(option), dtype, device, threads, deterministic
+    )
     if not raw and llm.tokenizer.templates:
         text = llm.chat_prompt([{"role": "user", "content": text}])
     if as_json:
@@ -55,7 +94,12 @@ def run(
 
 
 def open_llm(
-    model: str, method: str, options: dict[str, str], dtype: str, device: str, threads: int | None,
+    model: str,
+    method: str,
+    options: dict[str, str],
+    dtype: str,
+    device: str,
+    threads: int | None,
     deterministic: bool,
 ) -> tuple[Any, str, dict[str, Any]]:
     """The LLM, and the method with "auto" replaced by what ``stretto tune`` found."""
@@ -71,15 +115,17 @@ def open_llm(
     get(method)
     from stretto.llm import LLM
 
-    return LLM(model, dtype=dtype, device=device, threads=threads, deterministic=deterministic), method, chosen
+    llm = LLM(model, dtype=dtype, device=device, threads=threads, deterministic=deterministic)
+    return llm, method, chosen
 
 
 def cost(stream: Any, method: str) -> None:
     """One line on stderr: what the answer cost."""
     m = stream.seq.metrics
     text = (
-        f"{method}: {m.tokens} tokens in {m.forwards} forwards ({m.tokens_per_forward:.2f} per forward), "
-        f"{m.seconds:.2f} s, {m.tokens / max(m.seconds, 1e-9):.0f} tokens/s, ended by {stream.finish_reason}"
+        f"{method}: {m.tokens} tokens in {m.forwards} forwards "
+        f"({m.tokens_per_forward:.2f} per forward), {m.seconds:.2f} s, "
+        f"{m.tokens / max(m.seconds, 1e-9):.0f} tokens/s, ended by {stream.finish_reason}"
     )
     typer.echo("\n".join([text, *m.notes]), err=True)
 
@@ -88,6 +134,11 @@ def _result(output: Any, model: str, method: str) -> dict[str, Any]:
     choice = output.outputs[0]
     metrics = asdict(choice.metrics) | {"tokens_per_forward": choice.metrics.tokens_per_forward}
     return {
-        "model": model, "method": method, "text": choice.text, "token_ids": choice.token_ids,
-        "finish_reason": choice.finish_reason, "prompt_tokens": len(output.prompt_token_ids), "metrics": metrics,
+        "model": model,
+        "method": method,
+        "text": choice.text,
+        "token_ids": choice.token_ids,
+        "finish_reason": choice.finish_reason,
+        "prompt_tokens": len(output.prompt_token_ids),
+        "metrics": metrics,
     }

@@ -6,14 +6,16 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from stretto.errors import UnknownNameError
-from stretto.systems.types import System
+from stretto.systems.types import System, evidence_folder
 
-__all__ = ["all_systems", "get", "write_evidence"]
+__all__ = ["all_systems", "evidence_folder", "get", "write_evidence"]
 
 
 @lru_cache(maxsize=1)
@@ -34,8 +36,11 @@ def get(slug: str) -> System:
     raise UnknownNameError("system", slug, [s.slug for s in all_systems()])
 
 
-def write_evidence(result: dict[str, Any], folder: Path) -> Path:
-    """``folder``/SLUG.json with what is needed to judge it: version, commit, machine, threads, seeds, date."""
+def write_evidence(result: Mapping[str, Any], folder: Path) -> Path:
+    """``folder``/SLUG.json, in one go, with what is needed to judge it: version, commit, machine, threads, date."""
     from stretto.bench.provenance import provenance, write_json
 
-    return write_json(folder / f"{result['system']}.json", {**result, "provenance": provenance(None)})
+    torch = sys.modules.get("torch")
+    facts = {"torch": torch.__version__, "threads": torch.get_num_threads()} if torch else {}
+    data = {**result, "provenance": provenance(**facts)}
+    return write_json(folder / f"{result['system']}.json", data)

@@ -27,8 +27,7 @@ SYSTEM = System(
             name="OpenMP",
             paper="easy for loops on shared memory, limited by memory contention",
             bar=(
-                "1.6-2.0x with 2 threads on compute-bound kernels, 1.2-1.8x on bandwidth-bound "
-                "ones"
+                "1.6-2.0x with 2 threads on compute-bound kernels, 1.2-1.8x on bandwidth-bound ones"
             ),
         ),
         Claim(

@@ -33,8 +33,7 @@ SYSTEM = System(
             name="reuse",
             paper="a draft is ready unless the early guess misses",
             bar=(
-                "60-95 % of steps reuse; greedy text equals plain decoding even when the draft "
-                "dies"
+                "60-95 % of steps reuse; greedy text equals plain decoding even when the draft dies"
             ),
         ),
     ),

@@ -23,12 +23,10 @@ SYSTEM = System(
         Claim(
             name="collapse",
             paper=(
-                "dLLMs fail tasks that people and autoregressive models solve, as parallelism "
-                "grows"
+                "dLLMs fail tasks that people and autoregressive models solve, as parallelism grows"
             ),
             bar=(
-                "copy and replace stay at 95 % with 4 and 8 a step, shuffle falls along the "
-                "formula"
+                "copy and replace stay at 95 % with 4 and 8 a step, shuffle falls along the formula"
             ),
         ),
         Claim(

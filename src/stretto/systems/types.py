@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from stretto.errors import UnsupportedError
 
-__all__ = ["Claim", "System"]
+__all__ = ["ROW", "Claim", "System", "evidence_folder"]
 
-EVIDENCE = Path(__file__).parents[3] / "evidence"
+ROW = ("name", "paper", "measured", "baseline", "bar", "holds", "note")  # keys of a measured claim
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """``paper``: the published figure in its own setting. ``bar``: what must be measured at our scale, if decided."""
+    """``paper``: the published figure. ``bar``: what must be measured at our scale, if decided."""
 
     name: str
     paper: str
@@ -27,9 +26,12 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """One published system. ``room``: where its part lives or will live; ``parts``: the modules here that it is made
-    of; ``evidence(quick)`` measures its claims and returns rows
-    {"name", "paper", "measured", "baseline", "bar", "holds", "note"}."""
+    """One published system. ``room``: where its part lives or will live; ``parts``: the modules here
+    that it is made of; ``command``: what a user types.
+
+    ``evidence(quick)`` measures the claims next to their baselines and returns {"claims": [...]} with
+    the keys of ``ROW`` in each, and whatever else a reader needs: seeds, dtype, spread.
+    """
 
     slug: str
     title: str
@@ -39,7 +41,7 @@ class System:
     claims: tuple[Claim, ...]
     parts: tuple[str, ...] = ()
     command: str = ""
-    evidence: Callable[[bool], list[dict[str, Any]]] | None = field(default=None, compare=False)
+    evidence: Callable[[bool], Mapping[str, Any]] | None = field(default=None, compare=False)
 
     @property
     def state(self) -> str:
@@ -47,15 +49,19 @@ class System:
         if not self.parts:
             return "missing"
         found = _recorded(self.slug)
-        return "works" if found and found.get("holds") else "partial"
+        return "works" if found and found.get("holds") is True else "partial"
 
     def row(self) -> dict[str, Any]:
         """The line of ``stretto systems``."""
-        found = _recorded(self.slug)
         return {
-            "slug": self.slug, "title": self.title, "purpose": self.purpose, "paper": self.paper,
-            "room": self.room, "state": self.state, "command": self.command or None,
-            "evidence": f"evidence/{self.slug}.json" if found else None,
+            "slug": self.slug,
+            "title": self.title,
+            "purpose": self.purpose,
+            "paper": self.paper,
+            "room": self.room,
+            "state": self.state,
+            "command": self.command or None,
+            "evidence": f"evidence/{self.slug}.json" if _recorded(self.slug) else None,
         }
 
     def measure(self, quick: bool) -> dict[str, Any]:
@@ -64,13 +70,25 @@ class System:
             raise UnsupportedError(
                 f"{self.slug} is not built yet: 'stretto systems' lists what is; nothing was measured"
             )
-        claims = self.evidence(quick)
-        return {"system": self.slug, "holds": all(c["holds"] for c in claims), "quick": quick, "claims": claims}
+        found = dict(self.evidence(quick))
+        claims = found.pop("claims")
+        for claim in claims:
+            assert set(claim) == set(ROW), f"a claim of {self.slug} must have the keys {ROW}"
+        missing = {c.name for c in self.claims} - {c["name"] for c in claims}
+        assert not missing, f"the evidence of {self.slug} says nothing about {missing}"
+        holds = all(c["holds"] is True for c in claims)
+        return {"system": self.slug, "holds": holds, "quick": quick, "claims": claims, **found}
 
 
-@lru_cache(maxsize=128)
+def evidence_folder() -> Path:
+    """``evidence`` of the checkout that this package runs from, else of the working directory."""
+    root = Path(__file__).parents[3]
+    return (root if (root / "pyproject.toml").is_file() else Path.cwd()) / "evidence"
+
+
 def _recorded(slug: str) -> dict[str, Any] | None:
     try:
-        return json.loads((EVIDENCE / f"{slug}.json").read_text(encoding="utf-8"))
+        found = json.loads((evidence_folder() / f"{slug}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return found if isinstance(found, dict) else None
