@@ -41,8 +41,8 @@ class Recipe:
     minutes: float = 40.0
     rows: int = 12  # rows of a batch
     length: int = 144  # tokens of a row
-    lr: float = 6e-3
-    adam_lr: float = 3e-3
+    lr: float = 3e-3
+    adam_lr: float = 2e-3
     warmup: int = 50  # steps
     decay: float = 0.45  # last share of the budget, over which the rate falls to zero
     average: float = 0.995  # decay of the averaged weights, which ship
@@ -71,15 +71,15 @@ _ALL = (
     ),
     Recipe(
         name="zoo-tiny-blocks", purpose="block-causal masked diffusion (kind B), from zoo:tiny",
-        objective="block_diffusion", base="zoo:tiny", minutes=20, lr=3e-3, adam_lr=1.5e-3,
+        objective="block_diffusion", base="zoo:tiny", minutes=20, lr=2e-3, adam_lr=1e-3,
     ),
     Recipe(
         name="zoo-tiny-diffusion", purpose="full-attention masked diffusion (kind F), from zoo:tiny",
-        objective="masked_diffusion", base="zoo:tiny", minutes=22, length=192, rows=10, lr=3e-3, adam_lr=1.5e-3,
+        objective="masked_diffusion", base="zoo:tiny", minutes=22, length=192, rows=10, lr=2e-3, adam_lr=1e-3,
     ),
     Recipe(
         name="zoo-tiny-moe", purpose="mixture of experts, upcycled from zoo:tiny",
-        base="zoo:tiny", experts=8, ffn=192, minutes=12, lr=3e-3, adam_lr=1.5e-3,
+        base="zoo:tiny", experts=8, ffn=192, minutes=12, lr=2e-3, adam_lr=1e-3,
     ),
 )
 RECIPES: dict[str, Recipe] = {r.name: r for r in _ALL}

@@ -35,6 +35,7 @@ from stretto.training.probe import Matcher, match_autoregressive, match_diffusio
 from stretto.training.recipes import Recipe
 from stretto.training.trainer import Record, TrainConfig, Trainer
 from stretto.zoo import workbook
+from stretto.zoo.models import resolve
 
 __all__ = ["build_model", "config_of", "documents", "objective_of", "run", "ship"]
 
@@ -82,7 +83,7 @@ def ship(recipe: Recipe, trainer: Trainer, record: Record, out: Path, match: Mat
             p.copy_(weights[name])
     exact = {}
     if trainer.device.type == "cpu":
-        exact = probe(match, test_batches(recipe, 64 if recipe.objective == "ar" else 4))
+        exact = probe(match, test_batches(recipe, 32 if recipe.objective == "ar" else 4))
     checkpoint.save(model, out, dtype=torch.bfloat16)
     for file in TOKENIZER.iterdir():
         shutil.copy(file, out / file.name)
@@ -107,9 +108,8 @@ def build_model(recipe: Recipe) -> Transformer:
     model = Transformer(config_of(recipe))
     initialise(model, recipe.seed, layers=recipe.layers)
     if recipe.base:
-        from stretto.zoo.models import resolve
-
-        upcycle(checkpoint.load(resolve(recipe.base), dtype="float32"), model, recipe.seed)
+        folder = resolve(recipe.base) if recipe.base.startswith("zoo:") else recipe.base
+        upcycle(checkpoint.load(folder, dtype="float32"), model, recipe.seed)
     return model
 
 
