@@ -1,8 +1,16 @@
-# make demo: set up, then measure the shipped models and write report.html.   make test: set up, then the tests.
+# make demo: set up, measure the shipped models, write report.html.   make test: set up, then the tests.
+SHELL := bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet -c constraints.txt
+AGAIN = "Python 3.11 or newer is needed, for example: make PYTHON=python3.12 $(MAKECMDGOALS)"
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt
+
+# $(call install,WHAT): one line for each package that pip fetches; everything that it says is in setup.log.
+define install
+	@set -o pipefail; $(PIP) $(1) 2>&1 | tee -a $(VENV)/setup.log \
+	  | { grep --line-buffered -E '^ *(Downloading|Using cached|Processing|Building|Installing|ERROR|error)' || true; }
+endef
 
 .PHONY: demo test lint clean
 
@@ -13,18 +21,22 @@ test: $(VENV)/.dev
 	@$(BIN)/python -m pytest
 
 lint: $(VENV)/.dev
-	@$(BIN)/ruff check . && $(BIN)/pyright
+	@$(BIN)/ruff check .
+	@$(BIN)/pyright
 
 $(VENV)/.run: pyproject.toml constraints.txt
-	@echo "Setting up $(VENV): a virtual environment with torch and a few small packages (minutes, once)"
-	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 demo"; exit 1; }
+	@echo "Setting up $(VENV): an environment with torch and a few small packages (minutes, once)"
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo $(AGAIN); exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "  torch ..." && $(PIP) torch
-	@echo "  stretto ..." && $(PIP) -e .
+	@echo "torch, in the version that the tests run with"
+	$(call install,torch)
+	@echo "stretto and what it needs"
+	$(call install,-e .)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run
-	@echo "  test tools ..." && $(PIP) -e ".[dev]"
+	@echo "tools of the tests"
+	$(call install,-e ".[dev]")
 	@touch $@
 
 clean:
