@@ -97,10 +97,10 @@ def test_config_that_is_no_object(path, content):
 
 
 def test_no_directory(tmp_path):
-    with pytest.raises(CheckpointError, match="not a directory"):
+    with pytest.raises(CheckpointError, match="no model .*nothing"):
         load(tmp_path / "nothing")
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="not a directory"):
+    with pytest.raises(CheckpointError, match="is a file"):
         load_config(tmp_path / "file")
 
 

@@ -27,6 +27,7 @@ from stretto.models.config import ModelConfig
 from stretto.models.names import Piece, ignorable, pieces
 from stretto.models.store import DTYPES, INDEX, WEIGHTS, Store, listed, read_json
 from stretto.models.transformer import Transformer
+from stretto.zoo.models import resolve
 
 __all__ = ["Source", "auto_dtype", "load", "load_config", "save"]
 
@@ -72,7 +73,7 @@ def load_config(path: str | os.PathLike) -> ModelConfig:
     """The config of the checkpoint in directory ``path``; its stop ids include those of
     generation_config.json.
     """
-    path = _directory(path)
+    path = resolve(path)
     config = ModelConfig.from_hf(read_json(path / CONFIG))
     stops = list(config.eos_token_ids)
     if (path / GENERATION).exists():
@@ -87,13 +88,13 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
 ) -> Transformer:
-    """The model in directory ``path``. ``dtype``: "auto" (see ``auto_dtype``), or a name or torch
-    dtype.
+    """The model that ``path`` names: a directory, "zoo:NAME", or a hub id. ``dtype``: "auto" (see
+    ``auto_dtype``), or a name or torch dtype.
 
     Raises CheckpointError for missing or unreadable files, ArchitectureError for what is not
     covered, and WeightsError with every missing, unexpected, misshapen or NaN tensor.
     """
-    path = _directory(path)
+    path = resolve(path)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = _dtype(dtype, device)
@@ -327,15 +328,6 @@ def _swap(temp: Path, path: Path) -> None:
 
 
 # --- helpers
-
-
-def _directory(path: str | os.PathLike) -> Path:
-    path = Path(path)
-    if not path.is_dir():
-        raise CheckpointError(
-            f"{path} is not a directory: give a folder with {CONFIG} and {WEIGHTS}"
-        )
-    return path
 
 
 def _dump(file: Path, data: dict[str, Any]) -> None:
