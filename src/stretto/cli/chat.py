@@ -19,11 +19,13 @@ from stretto.cli.common import (
     Seed,
     Threads,
     emit,
+    fail,
     parse_pairs,
     verb,
 )
 from stretto.cli.run import cost, open_llm
 from stretto.engine.params import SamplingParams
+from stretto.errors import StrettoError
 
 HELP = "Type a message. /method NAME changes the method, /reset forgets, /quit leaves."
 
@@ -58,11 +60,16 @@ def chat(
     if not as_json:
         typer.echo(HELP, err=True)
     while (text := _read(as_json)) is not None:
-        if text.startswith("/"):
-            if not talk.command(text):
-                break
-        elif text.strip():
-            talk.say(text)
+        try:
+            if text.startswith("/"):
+                if not talk.command(text):
+                    break
+            elif text.strip():
+                talk.say(text)
+        except StrettoError as error:  # a person goes on, a script stops
+            if as_json:
+                raise
+            fail(error, as_json)
     if as_json:
         emit({"model": model, "turns": talk.turns, "messages": talk.messages})
 
@@ -109,11 +116,11 @@ class Conversation:
 
     def say(self, text: str) -> None:
         """Answer a message, streaming, and remember both."""
-        self.messages.append({"role": "user", "content": text})
+        messages = [*self.messages, {"role": "user", "content": text}]
         streams: list[Any] = []
         pieces = []
         for piece in self._llm.stream(
-            self._llm.chat_prompt(self.messages),
+            self._llm.chat_prompt(messages),
             self._params,
             method=self._method,
             options=self._options,
@@ -124,7 +131,7 @@ class Conversation:
                 sys.stdout.write(piece)
                 sys.stdout.flush()
         answer, metrics = "".join(pieces), streams[0].seq.metrics
-        self.messages.append({"role": "assistant", "content": answer})
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
         self.turns.append(
             {
                 "text": answer,
