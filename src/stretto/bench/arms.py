@@ -8,11 +8,11 @@ from typing import Any
 from stretto.bench.measure import Arm
 from stretto.decoding.registry import METHODS, get
 from stretto.errors import OptionError, StrettoError, UnsupportedError
+from stretto.zoo.models import MODELS, PREFIX
 
 __all__ = ["ONE_BY_ONE", "Fleet", "named_methods", "open_llm"]
 
 TWINS = {"zoo:tiny": ("zoo:tiny-diffusion", "zoo:tiny-blocks")}  # diffusion models trained on the same data
-DRAFTS = {"zoo:tiny": "zoo:tiny-draft"}
 ONE_BY_ONE = "one-by-one"  # the baseline of a diffusion model: one token a forward
 
 
@@ -67,8 +67,9 @@ class Fleet:
     def options(self, method: str) -> dict[str, Any]:
         """The caller's options; ``draft`` without a model gets the zoo's own."""
         given = dict(self._options.get(method, {}))
-        if method == "draft" and "model" not in given and self.model in DRAFTS:
-            given["model"] = DRAFTS[self.model]
+        known = MODELS.get(self.model.removeprefix(PREFIX)) if self.model.startswith(PREFIX) else None
+        if method == "draft" and "model" not in given and known is not None and known.draft:
+            given["model"] = PREFIX + known.draft
         return given
 
     @property

@@ -21,11 +21,11 @@ __all__ = ["Arm", "Item", "Track", "geometric", "measure", "ratios", "spread"]
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One prompt of a task. ``reference`` is whatever ``score`` (output text -> 0..1) compares with."""
+    """One prompt of a task. ``score``: output text -> 0..1."""
 
     task: str
     family: str
-    prompt: str | list[int]
+    prompt: str
     max_tokens: int
     score: Callable[[str], float] | None = None
 

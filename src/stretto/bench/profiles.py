@@ -42,10 +42,12 @@ def resolve_auto(model: str | Path, profile: str | Path | None = None) -> AutoCh
     found = load_profile(model, profile)
     if found is None:
         plain = plain_method(model)
-        return AutoChoice(plain, {}, f"no profile for {model}: using {plain}; 'stretto tune {model}' measures what pays")
-    note = f"{found['method']} by the profile of {found['provenance']['date'][:10]}: {found['speedup']:.2f} times plain decoding"
-    if found["provenance"].get("cpu") != machine()["cpu"]:
-        note += f" (measured on another machine: {found['provenance'].get('cpu')}; tune again to be sure)"
+        why = f"no profile for {model}: using {plain}; 'stretto tune {model}' measures what pays"
+        return AutoChoice(plain, {}, why)
+    origin = found["provenance"]
+    note = f"{found['method']} by the profile of {origin['date'][:10]}: {found['speedup']:.2f} times plain decoding"
+    if origin.get("cpu") != machine()["cpu"]:
+        note += f" (measured on another machine: {origin.get('cpu')}; tune again to be sure)"
     return AutoChoice(found["method"], dict(found["options"]), note)
 
 

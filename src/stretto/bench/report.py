@@ -16,15 +16,15 @@ from stretto.bench.summary import is_base
 __all__ = ["render", "write_report"]
 
 TERMS = (
-    ("forward", "One pass of the model over a batch of rows. Reading the weights dominates its cost, so a forward over "
-     "16 rows costs little more than one over a single row: this is what the methods use."),
+    ("forward", "One pass of the model over a batch of rows. Reading the weights dominates its cost, so a forward "
+     "over 16 rows costs little more than one over a single row: this is what the methods use."),
     ("tokens per forward", "Tokens of the output divided by the forwards that decoded it; chunks of the prompt are not "
      "counted. Plain decoding has 1."),
-    ("speed-up", "Wall-clock time of plain decoding divided by that of the method, prompt included, on the same prompts "
-     "in the same minutes: median over rounds. The thin line spans the slowest and the fastest round."),
+    ("speed-up", "Wall-clock time of plain decoding divided by that of the method, prompt included, on the same "
+     "prompts in the same minutes: median over rounds. The thin line spans the slowest and the fastest round."),
     ("lossless", "The method promises plain decoding's tokens, exactly."),
-    ("same text", "Share of the outputs whose tokens equal those of plain decoding, all of them. A model of another kind "
-     "has no such text to equal: its quality counts."),
+    ("same text", "Share of the outputs whose tokens equal those of plain decoding, all of them. A model of another "
+     "kind has no such text to equal: its quality counts."),
     ("answers right", "Share of the answers that the task's own checker accepts, on prompts never used in training."),
     ("acceptance", "Drafted tokens that turned out right, of all that were drafted."),
     ("rows per forward", "Tokens and drafts evaluated together in one forward while decoding."),
@@ -96,7 +96,8 @@ def _compared(result: Mapping[str, Any]) -> str:
     p = result["provenance"]
     return escape(
         f"Everything is measured against plain decoding ({result['baseline']['method']}) of {result['model']} by the "
-        f"same engine: {p['samples']} prompts for each of {len(p['tasks'])} tasks, every method on every prompt, in turns."
+        f"same engine: {p['samples']} prompts for each of {len(p['tasks'])} tasks, every method on every prompt, "
+        "in turns."
     )
 
 
@@ -123,9 +124,9 @@ def _plot(result: Mapping[str, Any]) -> str:
 def _protocol(result: Mapping[str, Any]) -> str:
     p = result["provenance"]
     return escape(
-        f"Greedy decoding, {p['batch']} prompt{'s' if p['batch'] > 1 else ''} at a time, after a warm-up on other prompts. "
-        f"Within each of {p['rounds']} rounds the methods take turns prompt by prompt, in changing order, and no prompt is "
-        "decoded twice by one method. Plain decoding runs twice in every round: its two runs differed by "
+        f"Greedy decoding, {p['batch']} prompt{'s' if p['batch'] > 1 else ''} at a time, after a warm-up on other "
+        f"prompts. Within each of {p['rounds']} rounds the methods take turns prompt by prompt, in changing order, and "
+        "no prompt is decoded twice by one method. Plain decoding runs twice in every round: its two runs differed by "
         f"{result['noise']:.1%} (median), which is the noise under every figure here."
     )
 

@@ -128,7 +128,8 @@ def matrix(result: Result) -> str:
     tables = "".join(_matrix(result, families, key, name, i > 0) for i, (key, name) in enumerate(METRICS))
     return (
         '<section aria-labelledby="h-matrix"><h2 id="h-matrix">Where it pays</h2>'
-        '<p class="sub">The same methods on each kind of work. A frame marks the fastest lossless method of a column.</p>'
+        '<p class="sub">The same methods on each kind of work. A frame marks the fastest lossless method of a column.'
+        "</p>"
         f'<div class="bar"><div class="pills" data-switch="matrix" role="group" aria-label="Figure">{pills}</div></div>'
         f"{tables}</section>"
     )
@@ -175,7 +176,8 @@ def scopes(result: Result) -> str:
 
 def figures(result: Result) -> str:
     """Every method on every task."""
-    head = _head("method", "", True) + _head("task", "", True) + "".join(_head(*c) for c in COLUMNS) + _head("n", "", True)
+    names = "".join(_head(n, "", True) for n in ("method", "task"))
+    head = names + "".join(_head(*c) for c in COLUMNS) + _head("n", "", True)
     body = ""
     for row in result["rows"]:
         spread = f'title="{row["speedup_low"]:.2f} to {row["speedup_high"]:.2f}"'
@@ -183,8 +185,8 @@ def figures(result: Result) -> str:
         cells = "".join(_cell(row, k) for _, k, _ in COLUMNS).replace("<td", f"<td {spread}", 1)
         body += (
             f'<tr class="{"base" if is_base(result, row) else ""}" data-scope="{escape(row["task"])}"><th scope="row">'
-            f'<span class="mono">{escape(row["method"])}</span>{small}</th><td style="text-align:left">{escape(row["task"])}</td>'
-            f"{cells}{_cell(row, 'n')}</tr>"
+            f'<span class="mono">{escape(row["method"])}</span>{small}</th>'
+            f'<td style="text-align:left">{escape(row["task"])}</td>{cells}{_cell(row, "n")}</tr>'
         )
     return (
         '<div class="card scroll" tabindex="0" role="region" aria-label="All figures"><table id="figures" data-sort>'
@@ -213,14 +215,15 @@ def peers_section(result: Result) -> str:
         return ""
     rows = "".join(
         f'<tr><th scope="row">{escape(r["what"])}</th><td>{escape(r["shape"])}</td><td>{r["stretto"]:.4g}</td>'
-        f'<td>{escape(r["peer"])}</td><td>{r["theirs"]:.4g}</td><td>{escape(r["unit"])}</td><td><b>{r["ratio"]:.2f}×</b></td></tr>'
+        f'<td>{escape(r["peer"])}</td><td>{r["theirs"]:.4g}</td><td>{escape(r["unit"])}</td>'
+        f'<td><b>{r["ratio"]:.2f}×</b></td></tr>'
         for r in peers["rows"] if r["ratio"] is not None
     )
     absent = "".join(f"<li>{escape(a['peer'])}: {escape(a['reason'])}</li>" for a in peers["absent"])
     return (
         '<section aria-labelledby="h-peers"><h2 id="h-peers">Beside other engines</h2>'
         '<p class="sub">The same weights, the same threads, in turns. Above 1× stretto is ahead.</p>'
-        '<div class="card scroll" tabindex="0" role="region" aria-label="Peers"><table><thead><tr><th>what</th><th>shape</th>'
-        "<th>stretto</th><th>peer</th><th>theirs</th><th>unit</th><th>ratio</th></tr></thead>"
+        '<div class="card scroll" tabindex="0" role="region" aria-label="Peers"><table><thead><tr><th>what</th>'
+        "<th>shape</th><th>stretto</th><th>peer</th><th>theirs</th><th>unit</th><th>ratio</th></tr></thead>"
         f'<tbody>{rows}</tbody></table></div><ul class="notes small">{absent}</ul></section>'
     )

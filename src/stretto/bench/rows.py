@@ -124,7 +124,7 @@ def _notes(cells: Sequence[Cell], most: int = 3) -> list[str]:
 
 
 def sample_records(cells: Sequence[Cell], most: int = 4) -> list[dict[str, Any]]:
-    """For up to ``most`` prompts, of different families where there are: what each arm made of it, forward by forward."""
+    """For up to ``most`` prompts, of different families if possible: what each arm made of it, forward by forward."""
     base = {c.items[0].task: c for c in cells if c.is_base}
     by_family: dict[str, list[tuple[Cell, int]]] = {}
     for cell in base.values():
@@ -136,8 +136,7 @@ def sample_records(cells: Sequence[Cell], most: int = 4) -> list[dict[str, Any]]
     for cell, index in picked:
         item = cell.items[index]
         runs = [_run(c, index) for c in cells if c.items[0].task == item.task]
-        prompt = item.prompt if isinstance(item.prompt, str) else cell.track.arm.llm.tokenizer.decode(item.prompt)
-        records.append({"task": item.task, "family": item.family, "prompt": prompt, "runs": runs})
+        records.append({"task": item.task, "family": item.family, "prompt": item.prompt, "runs": runs})
     return records
 
 

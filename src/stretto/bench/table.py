@@ -80,7 +80,7 @@ def _figures(row: Row) -> list[Text]:
     per_token = row["seconds_per_token"]
     return [
         Text(f"{row['tokens_per_forward']:.2f}" if row["tokens_per_forward"] else "-"),
-        Text("-" if equal is None else f"{equal:.0%}", style="green" if equal == 1 else "dim" if equal is None else "red"),
+        Text("-", style="dim") if equal is None else Text(f"{equal:.0%}", style="green" if equal == 1 else "red"),
         Text("-" if quality is None else f"{quality:.0%}"),
         Text(f"{per_token * 1000:.2f}" if per_token else "-"),
     ]
@@ -89,10 +89,10 @@ def _figures(row: Row) -> list[Text]:
 def _against(result: Mapping[str, Any]) -> str:
     p = result["provenance"]
     return (
-        f"Speed-up in wall-clock time against plain decoding ({result['baseline']['method']}) of {result['model']}: median "
-        f"of {p['rounds']} rounds, {p['samples']} prompts for each of {len(p['tasks'])} tasks, every method on every prompt "
-        f"in turns; two runs of the baseline differ by {result['noise']:.1%}. ★ fastest lossless. Batch {p['batch']}, "
-        f"{p.get('dtype')}, {p.get('backend')} backend, {p.get('threads')} threads, {p['cpu']}."
+        f"Speed-up in wall-clock time against plain decoding ({result['baseline']['method']}) of {result['model']}: "
+        f"median of {p['rounds']} rounds, {p['samples']} prompts for each of {len(p['tasks'])} tasks, every method on "
+        f"every prompt in turns; two runs of the baseline differ by {result['noise']:.1%}. ★ fastest lossless. "
+        f"Batch {p['batch']}, {p.get('dtype')}, {p.get('backend')} backend, {p.get('threads')} threads, {p['cpu']}."
     )
 
 

@@ -67,7 +67,8 @@ def tune(
     finalists = _able(fleet, [_explicit(a) for a in ranked], items[0])
     best = contest.winner(contest.run(finalists, items, 0.7, 1.0, final=True))
     result = {
-        "method": best.method, "options": dict(best.options), "speedup": contest.guess(best) if best is not plain else 1.0,
+        "method": best.method, "options": dict(best.options),
+        "speedup": contest.guess(best) if best is not plain else 1.0,
         "quality": quality, "rows": contest.rows, "skipped": fleet.skipped,
         "reason": contest.reason(best),
         "provenance": provenance(
@@ -83,10 +84,9 @@ def variants(arm: Arm, most: int = 4) -> list[Arm]:
     """The arm with one numeric option halved or doubled, within its range; at most ``most`` of them."""
     found = []
     for info in METHODS[arm.method].options:
-        found += [
-            Arm(arm.llm, arm.model, arm.method, {**arm.options, info.name: value}, f"{arm.method} {info.name}={value:g}")
-            for value in _around(info, arm.options.get(info.name, info.default))
-        ]
+        for value in _around(info, arm.options.get(info.name, info.default)):
+            label = f"{arm.method} {info.name}={value:g}"
+            found.append(Arm(arm.llm, arm.model, arm.method, {**arm.options, info.name: value}, label))
     return found[:most]
 
 
@@ -168,7 +168,7 @@ def _explicit(arm: Arm) -> Arm:
 
 
 def _able(fleet: Fleet, arms: Sequence[Arm], item: Item, must: Sequence[str] = ()) -> list[Arm]:
-    """The arms that can decode (their warm-up, on the first half of a prompt); others are skipped, unless in ``must``."""
+    """The arms that can decode half a prompt, their warm-up; a failure is skipped, or raised if it is in ``must``."""
     half = replace(item, prompt=item.prompt[: len(item.prompt) // 2 + 1])
     out = []
     for arm in arms:

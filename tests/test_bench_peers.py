@@ -1,0 +1,117 @@
+"""Peers: what is measured beside what, absent ones, and the file that llama.cpp reads."""
+
+import struct
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stretto.bench import peers as peers_module
+from stretto.bench.gguf_file import write_gguf
+from stretto.bench.peers import SHAPES, measure_peers
+from stretto.bench.peers_engines import check, write_checkpoint
+from stretto.errors import MissingExtraError, UnsupportedError
+
+SMALL = peers_module._qwen3(32, 64, 2, 4, 2, 8, 2048)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("peers") / "m", SMALL)
+
+
+def test_shapes_have_the_size_of_their_name():
+    for name, size in (("tiny", 3e6), ("125M", 128e6), ("600M", 596e6)):
+        c = SHAPES[name]
+        heads, kv, dim = c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"]
+        layer = c["hidden_size"] * (2 * heads * dim + 2 * kv * dim + 3 * c["intermediate_size"])
+        total = c["num_hidden_layers"] * layer + c["vocab_size"] * c["hidden_size"]
+        assert total == pytest.approx(size, rel=0.1)
+
+
+def test_each_measurement_is_a_ratio_to_a_peer(monkeypatch):
+    def engine(name, factor, **more):
+        return SimpleNamespace(
+            name=name, decode=lambda prompts, tokens: factor * (1 + len(prompts) / 16), backend="fake",
+            rows=lambda n, context: factor * (1 + n / 16), **more,
+        )
+
+    def absent(path, threads):
+        raise MissingExtraError("nobody", "peers")
+
+    def broken(path, threads):
+        raise RuntimeError("no such instruction\nand more")
+
+    def make(function, name, package):
+        function.name, function.package = name, package
+        return function
+
+    slow = make(lambda path, threads: engine("slow", 3.0, offers=("one row", "rows", "batch")), "slow", "slow")
+    monkeypatch.setattr(peers_module, "ENGINES", (slow, make(absent, "gone", "gone-py"), make(broken, "broken", "b")))
+    monkeypatch.setattr(peers_module, "Ours", lambda path, threads: engine("stretto", 1.0))
+    monkeypatch.setattr(peers_module, "write_checkpoint", lambda path, config: path)
+    result = measure_peers(shapes=["tiny"], threads=1)
+    rows = {(r["what"], r["peer"]): r for r in result["rows"]}
+    assert rows["one row", "slow"]["ratio"] == pytest.approx(3) and rows["one row", "slow"]["unit"] == "tokens/s"
+    assert rows["16 rows", "slow"]["ratio"] == pytest.approx(1)
+    assert rows["batch 16, mixed lengths", "slow"]["ratio"] == pytest.approx(3)
+    assert rows["batch 16, mixed lengths", "stretto, one by one"]["ratio"] == pytest.approx(16 * (17 / 16) / 2)
+    assert all(r["ratio_low"] <= r["ratio"] <= r["ratio_high"] for r in result["rows"])
+    gone = {a["peer"]: a["reason"] for a in result["absent"]}
+    assert gone == {"gone": "not installed: pip install gone-py", "broken": "RuntimeError: no such instruction"}
+    assert result["provenance"]["threads"] == 1
+
+
+def test_a_peer_that_stops_early_is_refused():
+    with pytest.raises(UnsupportedError):
+        check("x", [3, 4], [3, 5])
+
+
+def test_gguf_holds_the_same_weights(folder, tmp_path):
+    file = tmp_path / "m.gguf"
+    write_gguf(folder, file)
+    data = file.read_bytes()
+    at = 0
+
+    def take(form):
+        nonlocal at
+        found = struct.unpack_from("<" + form, data, at)
+        at += struct.calcsize("<" + form)
+        return found if len(found) > 1 else found[0]
+
+    def text():
+        nonlocal at
+        size = take("Q")
+        at += size
+        return data[at - size : at].decode()
+
+    assert data[:4] == b"GGUF"
+    at = 4
+    version, count, pairs = take("IQQ")
+    assert version == 3
+    facts = {}
+    for _ in range(pairs):
+        key, kind = text(), take("I")
+        facts[key] = text() if kind == 8 else take({4: "I", 6: "f"}[kind])
+    assert facts["general.architecture"] == "qwen3" and facts["qwen3.block_count"] == 2
+    assert facts["qwen3.attention.key_length"] == 8 and facts["qwen3.rope.freq_base"] == 1e6
+    infos = {}
+    for _ in range(count):
+        name, dims = text(), take("I")
+        shape = [take("Q") for _ in range(dims)][::-1]
+        infos[name] = (shape, *take("IQ"))
+    start = -(-at // 32) * 32
+    weights = load_file(folder / "model.safetensors")
+    assert len(infos) == len(weights) == 2 * 11 + 2
+    for name, ours in (
+        ("token_embd.weight", "model.embed_tokens.weight"), ("output_norm.weight", "model.norm.weight"),
+        ("blk.1.attn_k.weight", "model.layers.1.self_attn.k_proj.weight"),
+        ("blk.0.ffn_down.weight", "model.layers.0.mlp.down_proj.weight"),
+    ):
+        shape, kind, offset = infos[name]
+        assert offset % 32 == 0 and kind == (0 if len(shape) == 1 else 30)
+        dtype = torch.float32 if kind == 0 else torch.bfloat16
+        size = weights[ours].numel() * (4 if kind == 0 else 2)
+        found = torch.frombuffer(bytearray(data[start + offset : start + offset + size]), dtype=dtype).view(shape)
+        assert torch.equal(found, weights[ours].to(dtype))
