@@ -276,7 +276,7 @@ def test_probes_find_what_was_learnt(tmp_path):
     options = {"mask_id": MASK, "block": 4, "block_causal": True, "eos_id": EOS}
     assert not any(match_autoregressive(PackedNet(tiny_model()), batch))
     for objective in (Autoregressive(), BlockDiffusion(MASK, 4)):
-        trainer = make_trainer(tmp_path / type(objective).__name__, steps=40, objective=objective)
+        trainer = make_trainer(tmp_path / type(objective).__name__, steps=120, objective=objective)
         trainer.data._pool = lambda k: [doc] * 12
         trainer.run()
         net = PackedNet(trainer.model)
@@ -317,4 +317,4 @@ def test_names_are_checked():
 def test_missing_weights_say_how_to_make_them(monkeypatch, tmp_path):
     monkeypatch.setattr("stretto.zoo.models._HERE", tmp_path)
     with pytest.raises(CheckpointError, match="stretto train zoo-tiny"):
-        resolve("tiny")
+        resolve("zoo:tiny")
