@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import V, greedy, model
 
 from stretto.engine.cache import View
 from stretto.engine.pack import Plan, pack
@@ -20,6 +19,7 @@ from stretto.engine.runner import Runner
 from stretto.engine.sampling import Sampler
 from stretto.engine.types import Sequence, Step
 from stretto.models.context import PackedContext
+from tiny import V, greedy, model
 
 
 @dataclass

@@ -5,9 +5,9 @@ import random
 
 import pytest
 import torch
-from tiny import V, engine, greedy, model, run, tokens
 
 from stretto.decoding.registry import METHODS
+from tiny import V, engine, greedy, model, run, tokens
 
 MOE = {
     "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,

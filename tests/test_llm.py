@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import model
 
 import stretto.zoo
 from stretto.engine.params import SamplingParams
 from stretto.errors import CapacityError, CheckpointError, InputError, OptionError, PromptError, UnknownNameError
 from stretto.llm import LLM
 from stretto.models.checkpoint import save
+from tiny import model
 
 TOKENIZER = Path(stretto.zoo.__file__).parent / "tokenizer"
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)

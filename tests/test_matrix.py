@@ -6,10 +6,10 @@ Exemptions are capabilities declared on the class (lossless, kinds, grammar); CA
 import random
 
 import pytest
-from tiny import EOS, MASK, Letters, engine, greedy, model, run, tokens
 
 from stretto.decoding.registry import METHODS, make
 from stretto.engine.params import SamplingParams
+from tiny import EOS, MASK, Letters, engine, greedy, model, run, tokens
 
 CASES = {"draft": [{"model": "other"}, {"model": "other", "acceptance": "coupled"}]}
 TEXT = [5, 9, 7, 5, 9, 7, 5, 9, 7, 11, 5, 9]
@@ -156,7 +156,7 @@ def test_streamed_equals_whole(nets, name, kind, options):
     assert seen == whole == tokens(stream)
     assert stream.stops.finish() == Letters().push(whole)
     steps = stream.seq.step_map
-    assert len(steps) == len(whole) and 0 <= min(steps) and max(steps) < stream.seq.metrics.forwards
+    assert len(steps) == len(whole) and min(steps) >= 0 and max(steps) < stream.seq.metrics.forwards
 
 
 @pytest.mark.parametrize("name, kind, options", cases())

@@ -7,9 +7,9 @@ import os
 
 import pytest
 import torch
-from model_zoo import CASES, ids, reference
 from safetensors.torch import load_file, save_file
 
+from model_zoo import CASES, ids, reference
 from stretto.errors import (
     ArchitectureError,
     CheckpointError,

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from model_zoo import BASE
 
+from model_zoo import BASE
 from stretto.errors import OptionError, PromptError, UnsupportedError
 from stretto.models.batch import FlatBatch, KVPool
 from stretto.models.config import ModelConfig
@@ -74,7 +74,7 @@ def batch(*parts, order=None):
     n = sum(len(p.tokens) for p in parts)
     order = np.arange(n) if order is None else np.asarray(order)
     place = np.argsort(order)
-    join = lambda name: np.concatenate([getattr(p, name) for p in parts])[order]  # noqa: E731
+    join = lambda name: np.concatenate([getattr(p, name) for p in parts])[order]
     owner = np.repeat(np.arange(len(parts)), [len(p.tokens) for p in parts])
     starts = np.cumsum([0, *(len(p.tokens) for p in parts)])
     local = [
@@ -83,7 +83,7 @@ def batch(*parts, order=None):
         for i in range(len(p.tokens))
     ]
     local = [local[i] for i in order]
-    ptr = lambda sizes: np.cumsum([0, *sizes]).astype(np.int32)  # noqa: E731
+    ptr = lambda sizes: np.cumsum([0, *sizes]).astype(np.int32)
     return FlatBatch(
         tokens=join("tokens").astype(np.int64),
         positions=join("positions").astype(np.int32),

@@ -7,9 +7,9 @@ import math
 
 import pytest
 import torch
-from model_zoo import ids
 from safetensors.torch import load_file, save_file
 
+from model_zoo import ids
 from stretto.errors import ArchitectureError
 from stretto.models.checkpoint import load, load_config
 from stretto.models.context import plain_logits

@@ -6,9 +6,9 @@ import peft
 import pytest
 import torch
 import transformers
-from model_zoo import CASES, ids, reference
 from safetensors.torch import load_file, save_file
 
+from model_zoo import CASES, ids, reference
 from stretto.errors import ArchitectureError, CheckpointError, UnsupportedError, WeightsError
 from stretto.models.checkpoint import load
 from stretto.models.context import packed, plain_logits

@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 import transformers
-from model_zoo import BASE, CASES, ids, reference
 from safetensors.torch import load_file
 
+from model_zoo import BASE, CASES, ids, reference
 from stretto.models.checkpoint import load, load_config
 from stretto.models.config import ModelConfig
 from stretto.models.context import packed, plain_logits

@@ -5,7 +5,6 @@ import random
 import numpy as np
 import pytest
 import torch
-from tiny import EOS, Letters, config, greedy, model, tokens
 
 from stretto.decoding.registry import make
 from stretto.engine.engine import Engine
@@ -16,6 +15,7 @@ from stretto.engine.runner import LatencyCurve, Runner
 from stretto.engine.types import Step
 from stretto.errors import OptionError
 from stretto.models.context import plain_logits
+from tiny import EOS, Letters, config, greedy, model, tokens
 
 CASES = {
     "ngram": ("ngram", {}),

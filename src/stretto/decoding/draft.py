@@ -24,7 +24,11 @@ from stretto.decoding.options import option
 from stretto.decoding.planner import Pace, Planner, allot, room
 from stretto.decoding.tree import Shape, Tree, best_first
 from stretto.decoding.verify import (
-    DRAFT, accept_chain, accept_rejection, accept_tree, draw_without_replacement,
+    DRAFT,
+    accept_chain,
+    accept_rejection,
+    accept_tree,
+    draw_without_replacement,
 )
 from stretto.engine.cache import View
 from stretto.engine.host import Host

@@ -1,9 +1,9 @@
 """Jacobi decoding: guesses for the next tokens, refined by the model's own answers until they are fixed points.
 
-A step evaluates the root and a block of n guesses. Row i answers what follows guess i; the guesses that equal the answers
-before them are final (the fixed point has reached them), and the answers behind them are the next guesses. With sampling, the
-noise of every position is fixed, so the text is still one deterministic function of the prompt: its fixed points are
-plain decoding's tokens. (Santilli et al., arXiv 2305.10427.)
+A step evaluates the root and a block of n guesses. Row i answers what follows guess i; the guesses that equal the
+answers before them are final (the fixed point has reached them), and the answers behind them are the next guesses.
+With sampling, the noise of every position is fixed, so the text is still one deterministic function of the prompt: its
+fixed points are plain decoding's tokens. (Santilli et al., arXiv 2305.10427.)
 """
 
 from __future__ import annotations

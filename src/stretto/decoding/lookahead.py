@@ -2,8 +2,8 @@
 
 Besides the root a step has two branches. The window: N-1 levels of W columns; entry (l, c) stands at position
 root + 1 + c + l, and is the answer that column c got l steps ago. The answers to the last level become the newest
-level, and each column with its answer is an n-gram for the pool. The candidates: up to G n-grams from the pool that begin with the
-root, as a tree. Who sees whom: every row sees the root; a candidate its ancestors; entry (l, c) the entries
+level, and each column with its answer is an n-gram for the pool. The candidates: up to G n-grams from the pool that
+begin with the root, as a tree. Who sees whom: every row sees the root; a candidate its ancestors; entry (l, c) the entries
 (0, 0..c) and (1..l, c). (Fu et al., arXiv 2402.02057; they use N=5, W=15, G=15 on a GPU.)
 """
 

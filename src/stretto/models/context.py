@@ -182,8 +182,8 @@ class PoolContext:
     """A FlatBatch on a KVPool: writes every row's keys and values to its slot, then reads as the
     batch says.
 
-    Index and mask tensors are built once here, not per layer. ``rowwise``: every row attends alone, over its own keys in
-    their order, padded to a multiple of 512 masked columns, so that its bits depend on nothing else (slower).
+    Index and mask tensors are built once here, not per layer. ``rowwise``: every row attends alone, over its own keys
+    in their order, padded to a multiple of 512 masked columns, so that its bits depend on nothing else (slower).
     """
 
     def __init__(self, pool: KVPool, batch: FlatBatch, config: ModelConfig, *, rowwise: bool = False):
