@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 from stretto.decoding.ar import require_causal
 from stretto.decoding.options import option
 from stretto.decoding.planner import Pace, Planner, room
-from stretto.decoding.verify import choose
+from stretto.decoding.verify import accept_chain, choose
 from stretto.engine.host import Host
 from stretto.engine.types import Commit, Outcome, Sequence, Step
 
 __all__ = ["Jacobi", "Options"]
 
 DEPTHS = 8  # depths whose acceptance is kept apart; key = 2 * depth + (the guess did not change in the last step)
-PRIOR = [0.15, 0.5] * DEPTHS
+PRIOR = [0.4, 0.8] * DEPTHS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Jacobi:
 
     def __init__(self, host: Host, options: Options):
         self._host, self._n = host, options.block
-        self.planner = Planner(host, PRIOR, probe=4)
+        self.planner = Planner(host, PRIOR, probe=4, patience=3)
 
     def admit(self, seq: Sequence) -> None:
         require_causal(self._host, self.name)
@@ -60,11 +60,7 @@ class Jacobi:
 
     def propose(self, seqs: list[Sequence]) -> list[Step]:
         start = self.planner.begin()
-        offers = []
-        for seq in seqs:
-            limit = min(self._n, room(seq))
-            self._fill(seq)
-            offers.append(_gains(seq.state, limit))
+        offers = [self._offer(seq) for seq in seqs]
         counts = self.planner.allot(seqs, [s.state.pace for s in seqs], offers)
         steps = [
             Step([seq.tokens[-1], *seq.state.guesses[:n]]) for seq, n in zip(seqs, counts, strict=True)
@@ -86,17 +82,27 @@ class Jacobi:
     def preemptible(self, seq: Sequence) -> bool:
         return True
 
-    def _fill(self, seq: Sequence) -> None:
-        """First guesses: tokens of the text, the latest last; whatever they are, the output is the same."""
+    def _offer(self, seq: Sequence) -> list[float]:
+        """Path products of the guesses; missing ones are filled with tokens of the text, which harms nothing."""
         state = seq.state
+        if self.planner.asleep(seq, state.pace):
+            return []
         if missing := self._n - len(state.guesses):
             text = seq.tokens[-missing:]
             state.guesses += (text * missing)[:missing]
             state.stable += [False] * missing
+        gains, gain, rates = [], 1.0, state.pace.rates.rate
+        for key in _keys(state, min(self._n, room(seq))):
+            gain *= rates[key]
+            gains.append(gain)
+        return gains
 
     def _commit(self, seq: Sequence, step: Step, outcome: Outcome) -> Commit:
         state, tokens = seq.state, step.tokens
         n = len(tokens) - 1
+        if not n:
+            state.guesses, state.stable = [], []
+            return accept_chain(seq, tokens, outcome)
         if seq.sampler.plain:
             answers = outcome.argmax[: n + 1].tolist()
         else:
@@ -105,14 +111,10 @@ class Jacobi:
         while hits < n and answers[hits] == tokens[hits + 1]:
             hits += 1
         self.planner.judged(state.pace, _keys(state, n), hits)
-        if n:
-            # behind the new root: answers to guesses that were evaluated, then guesses that were not
-            old = state.guesses[hits + 1 :]
-            state.guesses = answers[hits + 1 :] + old[n - hits :]
-            state.stable = [a == b for a, b in zip(state.guesses, old, strict=False)]
-            state.stable += [False] * (len(state.guesses) - len(state.stable))
-        else:
-            del state.guesses[:1], state.stable[:1]
+        # behind the new root: answers to guesses that were evaluated, then guesses that were not
+        old = state.guesses[hits + 1 :]
+        state.guesses = answers[hits + 1 :] + old[n - hits :]
+        state.stable = [a == b for a, b in zip(state.guesses, old, strict=False)]
         return Commit(
             tokens=answers[: hits + 1], keep=range(hits + 1), drafted=n, accepted=hits,
             logprob_rows=range(hits + 1),
@@ -122,10 +124,3 @@ class Jacobi:
 def _keys(state: _State, n: int) -> list[int]:
     return [2 * min(i, DEPTHS - 1) + state.stable[i] for i in range(n)]
 
-
-def _gains(state: _State, limit: int) -> list[float]:
-    gains, gain, rates = [], 1.0, state.pace.rates.rate
-    for key in _keys(state, limit):
-        gain *= rates[key]
-        gains.append(gain)
-    return gains

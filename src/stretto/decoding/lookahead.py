@@ -3,8 +3,8 @@
 Besides the root a step has two branches. The window: N-1 levels of W columns; entry (l, c) stands at position
 root + 1 + c + l, and is the answer that column c got l steps ago. The answers to the last level become the newest
 level, and each column with its answer is an n-gram for the pool. The candidates: up to G n-grams from the pool that
-begin with the root, as a tree. Who sees whom: every row sees the root; a candidate its ancestors; entry (l, c) the entries
-(0, 0..c) and (1..l, c). (Fu et al., arXiv 2402.02057; they use N=5, W=15, G=15 on a GPU.)
+begin with the root, as a tree. Who sees whom: every row sees the root; a candidate its ancestors; entry (l, c) the
+entries (0, 0..c) and (1..l, c). (Fu et al., arXiv 2402.02057; they use N=5, W=15, G=15 on a GPU.)
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from stretto.decoding.ar import require_causal
 from stretto.decoding.options import option
-from stretto.decoding.planner import Pace, Planner
+from stretto.decoding.planner import Pace, Planner, room
 from stretto.decoding.tree import Tree
 from stretto.decoding.verify import accept_tree, choose
 from stretto.engine.host import Host
@@ -65,7 +65,7 @@ class Lookahead:
     def __init__(self, host: Host, options: Options):
         self._host, self._options = host, options
         self._rows = (options.ngram - 1) * (options.window + options.candidates)
-        self.planner = Planner(host, [1.0 / options.ngram], probe=1)
+        self.planner = Planner(host, [0.5], probe=1, patience=options.ngram + 1)
 
     def admit(self, seq: Sequence) -> None:
         require_causal(self._host, self.name)
@@ -78,7 +78,8 @@ class Lookahead:
         start = self.planner.begin()
         reach = self._options.ngram - 1
         offers = [
-            [s.state.pace.rates.rate[0] * reach] if min(s.row_limit, s.remaining) > 1 else [] for s in seqs
+            [] if not room(s) or self.planner.asleep(s, s.state.pace)
+            else [s.state.pace.rates.rate[0] * reach] for s in seqs
         ]
         counts = self.planner.allot(seqs, [s.state.pace for s in seqs], offers, width=self._rows)
         steps = [self._step(seq) if n else Step([seq.tokens[-1]]) for seq, n in zip(seqs, counts, strict=True)]
@@ -148,7 +149,7 @@ class Lookahead:
         full = layout.levels == self._options.ngram - 1
         if full:
             self.planner.learn(state.pace, 0, commit.accepted / layout.levels)
-        self.planner.probed(state.pace, commit.accepted if full else 1)
+        self.planner.probed(state.pace, commit.accepted)
         if layout.columns:
             self._slide(seq, layout, self._answers(seq, layout, outcome), commit.accepted + 1)
         else:

@@ -41,7 +41,7 @@ class StopChecker:
         self._ids = set(params.stop_token_ids)
         if not params.ignore_eos:
             self._ids |= set(stop_ids)
-        self._holdback = max((len(s) for s in params.stop), default=1) - 1
+        self._holdback = max((len(s) for s in params.stop or ()), default=1) - 1
         self._done = False
 
     @property
@@ -78,7 +78,7 @@ class StopChecker:
         return cut
 
     def _hit(self, start: int) -> str | None:
-        found = [(self.text.find(s, start), s) for s in self._params.stop]
+        found = [(self.text.find(s, start), s) for s in self._params.stop or ()]
         found = [(at, s) for at, s in found if at >= 0]
         if not found:
             return None

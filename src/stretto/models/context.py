@@ -230,7 +230,7 @@ class PoolContext:
         key = (i, window)
         if key not in self._masks:
             mask = group.visible
-            if window is not None:
+            if window is not None and group.distance is not None:
                 near = group.distance < window
                 mask = near if mask is None else mask & near
             self._masks[key] = mask

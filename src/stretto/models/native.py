@@ -132,6 +132,7 @@ def _build() -> Path:
                 continue
             os.replace(Path(work) / "out.so", target)  # other processes see the whole file or none
             return target
+    assert error is not None, "no flags were tried"
     raise error
 
 
@@ -182,7 +183,7 @@ def _openmp() -> tuple[int | None, int | None]:
     return tuple(ctypes.cast(f, ctypes.c_void_p).value for f in found)
 
 
-def _team(threads: int | None) -> _Team:
+def _team(threads: int | None) -> Any:
     parallel, size = _openmp()
     return _Team(parallel, size, (threads or torch.get_num_threads()) if parallel else 1)
 
@@ -307,7 +308,7 @@ class NativeForward:
     def threads(self) -> int:
         return self._model.team.threads
 
-    def _pack(self, weight: Tensor, bias: Tensor | None = None, *, gated: bool = False) -> _Mat:
+    def _pack(self, weight: Tensor, bias: Tensor | None = None, *, gated: bool = False) -> Any:
         packed = PackedLinear(weight, bias, self.weight_dtype, gated=gated)
         self._keep.append(packed)
         return packed.mat
@@ -318,7 +319,7 @@ class NativeForward:
         self._keep.append(module.weight.detach().float().clone())
         return _at(self._keep[-1])
 
-    def _describe(self, model: Transformer, threads: int | None) -> _Model:
+    def _describe(self, model: Transformer, threads: int | None) -> Any:
         c, moe = model.config, model.config.moe
         table = model.model.embed_tokens.weight.detach()
         if table.dtype not in DTYPES.values():
@@ -336,7 +337,7 @@ class NativeForward:
             layers=ctypes.addressof(layers), head=self._pack(_weight(head)),
         )
 
-    def _layer(self, block: Block, window: int | None) -> _Layer:
+    def _layer(self, block: Block, window: int | None) -> Any:
         a, m = block.self_attn, block.mlp
         packed = a.qkv_proj is not None
         out = _Layer(

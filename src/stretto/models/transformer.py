@@ -79,7 +79,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, angles: Angles, ctx: AttentionContext) -> Tensor:
         """x [n, H] -> [n, H]"""
         q, k, v = self._qkv(x)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         out = ctx.attend(self.layer, apply_rope(q, *angles), apply_rope(k, *angles), v)
         return self.o_proj(out.reshape(len(x), -1))
