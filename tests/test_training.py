@@ -200,13 +200,14 @@ def test_weights_are_unbiased_per_place(law):
 def make_trainer(folder, *, steps, objective=None, model=None, **options):
     model = model or tiny_model()
     data = PackedData(lambda k: some_documents(24, seed=k), rows=4, length=24, pad_id=PAD)
-    config = TrainConfig(steps=steps, warmup=4, checkpoint_minutes=1e-9, log_every=5, **options)
+    config = TrainConfig(steps=steps, warmup=4, log_every=5, **options)
     return Trainer(model, PackedNet(model), objective or Autoregressive(), data, config, folder=folder)
 
 
 @pytest.mark.parametrize("objective", [Autoregressive(), MaskedDiffusion(MASK), BlockDiffusion(MASK, 4)], ids=repr)
 def test_resumed_run_repeats_the_uninterrupted_one(tmp_path, objective):
-    whole = make_trainer(tmp_path / "whole", steps=14, objective=objective, average=0.9)
+    often = {"average": 0.9, "checkpoint_minutes": 1e-9}
+    whole = make_trainer(tmp_path / "whole", steps=14, objective=objective, **often)
     losses = list(whole.run().history)
 
     class Stop(Exception):
@@ -216,10 +217,10 @@ def test_resumed_run_repeats_the_uninterrupted_one(tmp_path, objective):
         if record.step == 8:
             raise Stop
 
-    first = make_trainer(tmp_path / "cut", steps=14, objective=objective, average=0.9)
+    first = make_trainer(tmp_path / "cut", steps=14, objective=objective, **often)
     with pytest.raises(Stop):
         first.run(stop)
-    second = make_trainer(tmp_path / "cut", steps=14, objective=objective, average=0.9, model=tiny_model(seed=5))
+    second = make_trainer(tmp_path / "cut", steps=14, objective=objective, **often, model=tiny_model(seed=5))
     assert second.resume()
     done = second.record.step
     assert 0 < done <= 8
@@ -318,3 +319,26 @@ def test_missing_weights_say_how_to_make_them(monkeypatch, tmp_path):
     monkeypatch.setattr("stretto.zoo.models._HERE", tmp_path)
     with pytest.raises(CheckpointError, match="stretto train zoo-tiny"):
         resolve("zoo:tiny")
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_a_recipe_ships_a_loadable_model(name, tmp_path, monkeypatch):
+    from stretto.models.checkpoint import load
+    from stretto.training import run
+    from stretto.training.recipes import run_recipe
+
+    monkeypatch.setattr(run, "POOL", 24)
+    monkeypatch.setattr(run, "test_batches", lambda recipe, n: {})
+    monkeypatch.setattr(run, "fast_dtype", lambda device: None)
+    small = {"hidden": 16, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 8, "ffn": 16, "rows": 2, "base": None}
+    record = run_recipe(name, out=tmp_path / "m", steps=2, changes=small, report=lambda r: None)
+    model = load(tmp_path / "m", dtype="float32")
+    kind = {"zoo-tiny-blocks": "block", "zoo-tiny-diffusion": "full"}.get(name, "causal")
+    assert (model.config.attention, model.config.shift) == (kind, False)
+    assert model.config.block_size == (8 if kind == "block" else 1)
+    assert (model.config.mask_token_id is None) == (kind == "causal")
+    assert record == json.loads((tmp_path / "m" / "training.json").read_text())
+    assert record["steps"] == 2 and record["parameters"] == sum(p.numel() for p in model.parameters())
+    assert (tmp_path / "m" / "tokenizer.json").exists() and (tmp_path / "m.training" / "log.jsonl").exists()
+    again = run_recipe(name, out=tmp_path / "m", steps=2, changes=small, report=lambda r: None)
+    assert again["steps"] == 2

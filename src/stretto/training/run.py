@@ -85,8 +85,13 @@ def ship(recipe: Recipe, trainer: Trainer, record: Record, out: Path, match: Mat
     if trainer.device.type == "cpu":
         exact = probe(match, test_batches(recipe, 32 if recipe.objective == "ar" else 4))
     checkpoint.save(model, out, dtype=torch.bfloat16)
+    if recipe.objective == "block_diffusion":  # where SDAR's own configs have it
+        config = json.loads((out / checkpoint.CONFIG).read_text())
+        _write(out / checkpoint.CONFIG, config | {"block_size": recipe.block_size})
     for file in TOKENIZER.iterdir():
         shutil.copy(file, out / file.name)
+    for file in out.iterdir():
+        file.chmod(0o644)
     _write(out / checkpoint.GENERATION, {
         "eos_token_id": model.config.eos_token_ids[0], "pad_token_id": model.config.pad_token_id, "do_sample": False,
     })
