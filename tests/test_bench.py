@@ -194,7 +194,7 @@ def test_rows_are_complete_and_right():
     assert (ar["tokens_per_forward"], ngram["tokens_per_forward"]) == (1, 2)
     assert ar["rows_per_forward"] == 1 and ngram["rows_per_forward"] == 2
     assert ar["acceptance"] is None and ngram["acceptance"] == 1
-    assert ar["quality"] == 1 and ngram["notes"] == ["a note"] and ar["notes"] == []
+    assert ar["quality"] == 1 and ngram["notes"] == ["a note (all of 4 outputs)"] and ar["notes"] == []
 
 
 def test_families_and_totals_are_means_over_their_tasks():

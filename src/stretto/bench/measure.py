@@ -28,6 +28,7 @@ class Item:
     prompt: str
     max_tokens: int
     score: Callable[[str], float] | None = None
+    shown: str = ""  # the prompt for human eyes
 
 
 @dataclass(slots=True, eq=False)

@@ -17,6 +17,9 @@ CHAR, LINE = 7.3, 17.0  # width and height in px of a letter of the labels
 HEAD = 84.0  # room above 100 % for the labels of methods that get everything right
 
 
+Line = tuple[float, float, float, float]  # x, y of its two ends
+
+
 @dataclass(frozen=True, slots=True)
 class Box:
     """A rectangle that a label must not cover."""
@@ -86,7 +89,8 @@ def speed_quality(result: Mapping[str, Any], *, width: int = 760, height: int = 
     if not points:
         return ""
     frame = Frame(points, width, height)
-    body = [_axes(frame), *(_mark(frame, p) for p in points), *_labels(frame, points)]
+    marks = sorted(points, key=lambda p: p.kind == "base")
+    body = [_axes(frame), *(_mark(frame, p) for p in marks), *_labels(frame, points)]
     summary = "; ".join(p.text for p in points)
     return (
         f'<svg class="plot" viewBox="0 0 {width} {height}" role="img" aria-label="Speed against quality. '
@@ -143,36 +147,58 @@ def _mark(f: Frame, p: Point) -> str:
 
 
 def _labels(f: Frame, points: Sequence[Point]) -> list[str]:
-    """Each label goes to the nearest free place around its point; far ones get a thin leader."""
-    marks = [Box(f.x(p.x) - 8, f.y(p.y) - 8, f.x(p.x) + 8, f.y(p.y) + 8) for p in points]
-    whiskers = [Box(f.x(p.low), f.y(p.y) - 2, f.x(p.high), f.y(p.y) + 2) for p in points]
-    taken, out = marks + whiskers, []
+    """Each label goes to the nearest free place around its point; one further away gets a thin leader."""
+    taken = [Box(f.x(p.x) - 8, f.y(p.y) - 8, f.x(p.x) + 8, f.y(p.y) + 8) for p in points]
+    taken += [Box(f.x(p.low), f.y(p.y) - 2, f.x(p.high), f.y(p.y) + 2) for p in points]
+    labels: list[Box] = []
+    leaders: list[Line] = []
+    texts = []
     for p in sorted(points, key=lambda p: (-p.y, p.x)):
-        x, y, w = f.x(p.x), f.y(p.y), len(p.label) * CHAR
-        cx, cy = _place(f, x, y, w, taken)
-        taken.append(Box(cx - w / 2, cy - LINE / 2, cx + w / 2, cy + LINE / 2))
-        if abs(cy - y) > LINE * 1.5:
-            end = cy + math.copysign(LINE / 2 - 2, y - cy)
-            edge = min(max(x, cx - w / 2 + 4), cx + w / 2 - 4)
-            start = y + math.copysign(8, cy - y)
-            out.append(f'<path class="leader" d="M{x:.1f} {start:.1f}L{edge:.1f} {end:.1f}"/>')
-        out.append(
-            f'<text class="label {p.kind}" x="{cx:.1f}" y="{cy + 4:.1f}" text-anchor="middle">{escape(p.label)}</text>'
+        x, y = f.x(p.x), f.y(p.y)
+        box = _place(f, x, y, len(p.label) * CHAR, taken + labels, labels, leaders)
+        labels.append(box)
+        leaders += _leader(x, y, box)
+        middle, base = (box.left + box.right) / 2, (box.top + box.bottom) / 2 + 4
+        texts.append(
+            f'<text class="label {p.kind}" x="{middle:.1f}" y="{base:.1f}" text-anchor="middle">'
+            f"{escape(p.label)}</text>"
         )
-    return out
+    lines = [f'<path class="leader" d="M{a:.1f} {b:.1f}L{c:.1f} {d:.1f}"/>' for a, b, c, d in leaders]
+    return lines + texts
 
 
-def _place(f: Frame, x: float, y: float, w: float, taken: Sequence[Box]) -> tuple[float, float]:
-    """The centre of the first free place: beside, above, below, then further and further away."""
-    spots = [(x, y - 17), (x, y + 18), (x + w / 2 + 12, y), (x - w / 2 - 12, y)]
-    for step in range(2, 24):
-        for side in (-1, 1):
-            cy = y + side * step * LINE
-            spots += [(x, cy), (x + w / 2 - 6, cy), (x - w / 2 + 6, cy)]
-    for cx, cy in spots:
-        cx = min(max(cx, f.left + w / 2 + 2), f.right - w / 2)
-        box = Box(cx - w / 2 - 3, cy - LINE / 2, cx + w / 2 + 3, cy + LINE / 2)
-        inside = f.top - 4 <= box.top and box.bottom <= f.bottom - 2
-        if inside and not any(box.meets(t) for t in taken):
-            return cx, cy
-    return x, y - LINE
+def _leader(x: float, y: float, label: Box) -> list[Line]:
+    """The line from the edge of a point to the nearest edge of its label, if that is not right beside the point."""
+    end_x = min(max(x, label.left + 3), label.right - 3)
+    end_y = label.bottom if label.bottom < y else label.top if label.top > y else y
+    away = math.hypot(end_x - x, end_y - y)
+    if away < LINE:
+        return []
+    return [(x + (end_x - x) * 8 / away, y + (end_y - y) * 8 / away, end_x, end_y)]
+
+
+def _crosses(line: Line, box: Box) -> bool:
+    """Whether a segment passes through a box (sampled every two pixels or so)."""
+    a, b, c, d = line
+    n = max(2, int(math.hypot(c - a, d - b) / 2))
+    return any(
+        box.left < a + (c - a) * i / n < box.right and box.top < b + (d - b) * i / n < box.bottom for i in range(n)
+    )
+
+
+def _place(
+    f: Frame, x: float, y: float, w: float, taken: Sequence[Box], labels: Sequence[Box], leaders: Sequence[Line]
+) -> Box:
+    """The nearest free place whose leader crosses no label, nor its text another's leader."""
+    shifts = [0.0, *(s * (w / 2 + d) for d in (-6, 12, 36, 72, 110) for s in (1, -1))]
+    heights = [0.0, *(s * (17 + step * LINE) for step in range(9) for s in (-1, 1))]
+    spots = [(dx, dy) for dy in heights for dx in shifts if dy or abs(dx) > w / 2]
+    for dx, dy in sorted(spots, key=lambda s: abs(s[0]) * (0.6 if s[1] else 1.2) + abs(s[1]) + (s[1] > 0)):
+        cx, cy = min(max(x + dx, f.left + w / 2 + 2), f.right - w / 2), y + dy
+        box = Box(cx - w / 2, cy - LINE / 2, cx + w / 2, cy + LINE / 2)
+        wide = Box(box.left - 4, box.top, box.right + 4, box.bottom)
+        free = not any(wide.meets(t) for t in taken) and not any(_crosses(line, wide) for line in leaders)
+        clear = not any(_crosses(line, b) for line in _leader(x, y, box) for b in labels)
+        if free and clear and f.top - 4 <= box.top and box.bottom <= f.bottom - 2:
+            return box
+    return Box(x - w / 2, y - 1.5 * LINE, x + w / 2, y - LINE / 2)

@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +72,9 @@ def _engine(llm: Any) -> dict[str, Any]:
 
 
 def _version() -> str:
-    try:
-        return metadata.version("stretto")
-    except metadata.PackageNotFoundError:
-        return "unknown"
+    import stretto
+
+    return getattr(stretto, "__version__", "unknown")
 
 
 @lru_cache(maxsize=1)

@@ -16,7 +16,7 @@ Result = Mapping[str, Any]
 COLUMNS = (  # heading, key, sorted upwards first
     ("speed-up", "speedup", False), ("tokens per<br>forward", "tokens_per_forward", False),
     ("same<br>text", "equal", False), ("answers<br>right", "quality", False), ("accept-<br>ance", "acceptance", False),
-    ("forwards", "forwards", True), ("rows per<br>forward", "rows_per_forward", True),
+    ("forwards<br>per answer", "forwards", True), ("rows per<br>forward", "rows_per_forward", True),
     ("ms per<br>token", "seconds_per_token", True),
 )
 METRICS = (
@@ -29,9 +29,11 @@ def facts(result: Result) -> str:
     """What was measured, as short list items."""
     p = result["provenance"]
     methods, tasks = len(result["totals"]), len(p["tasks"])
+    threads = p.get("threads", "?")
     items = [
         f"{methods} methods × {tasks} tasks × {p['samples']} prompts", f"batch {p['batch']}, greedy",
-        f"{p.get('dtype', '')}, {p.get('backend', '')} backend", f"{p.get('threads', '?')} threads, {p['cpu']}",
+        f"{p.get('dtype', '')}, {p.get('backend', '')} backend",
+        f"{threads} thread{'' if threads == 1 else 's'}, {p['cpu']}",
         "deterministic mode" if p.get("deterministic") else "default mode", p["date"][:10],
     ]
     return "".join(f"<li>{escape(i)}</li>" for i in items)
@@ -163,7 +165,7 @@ def _shade(row: Row | None, key: str, top: bool) -> str:
         share, colour = (value - 0.5) * 80, "good"
     else:
         gain = value - 1
-        share, colour = (min(gain / 2.5, 1) * 62, "good") if gain > 0.03 else (min(-gain * 3, 1) * 62, "bad")
+        share, colour = (min(gain / 2.5, 1) * 55, "good") if gain > 0.03 else (min(-gain * 2, 1) * 45, "bad")
     tint = f"background:color-mix(in srgb, var(--{colour}) {max(share, 0):.0f}%, transparent)"
     return f'<td class="{"top" if top else ""}" style="{tint}">{FORMATS[key](value)}</td>'
 
@@ -205,7 +207,9 @@ def origin(result: Result) -> str:
 
 
 def _plain(value: Any) -> str:
-    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value).removesuffix(":00+00:00").replace("T", " ") if str(value).endswith("+00:00") else str(value)
 
 
 def peers_section(result: Result) -> str:

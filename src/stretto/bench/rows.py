@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -114,16 +115,22 @@ def _share(part: float, whole: float) -> float | None:
 
 
 def _notes(cells: Sequence[Cell], most: int = 3) -> list[str]:
-    """What the outputs noted, the most frequent first, with how many of them said it."""
+    """What the outputs noted, the most frequent first; notes that differ only in their figures count as one."""
     outputs = [o for c in cells for o in c.track.outputs]
-    counts = Counter(note for o in outputs for note in o.metrics.notes)
+    said: dict[str, list[str]] = {}
+    for out in outputs:
+        for kind, note in {re.sub(r"[\d.]+", "#", note): note for note in out.metrics.notes}.items():
+            said.setdefault(kind, []).append(note)
+    frequent = sorted(said.values(), key=len, reverse=True)[:most]
     return [
-        note if count == len(outputs) else f"{note} ({count} of {len(outputs)} outputs)"
-        for note, count in counts.most_common(most)
+        notes[0] if len(notes) == len(outputs) == 1 else f"{Counter(notes).most_common(1)[0][0]} "
+        f"({'all' if len(notes) == len(outputs) else len(notes)} of {len(outputs)} outputs"
+        f"{', with other figures' if len(set(notes)) > 1 else ''})"
+        for notes in frequent
     ]
 
 
-def sample_records(cells: Sequence[Cell], most: int = 4) -> list[dict[str, Any]]:
+def sample_records(cells: Sequence[Cell], most: int = 6) -> list[dict[str, Any]]:
     """For up to ``most`` prompts, of different families if possible: what each arm made of it, forward by forward."""
     base = {c.items[0].task: c for c in cells if c.is_base}
     by_family: dict[str, list[tuple[Cell, int]]] = {}
@@ -136,7 +143,7 @@ def sample_records(cells: Sequence[Cell], most: int = 4) -> list[dict[str, Any]]
     for cell, index in picked:
         item = cell.items[index]
         runs = [_run(c, index) for c in cells if c.items[0].task == item.task]
-        records.append({"task": item.task, "family": item.family, "prompt": item.prompt, "runs": runs})
+        records.append({"task": item.task, "family": item.family, "prompt": item.shown or item.prompt, "runs": runs})
     return records
 
 

@@ -25,10 +25,13 @@ def title(result: Result, row: Row) -> str:
 
 
 def best_lossless(result: Result, rows: Iterable[Row]) -> Row | None:
-    """The fastest of ``rows`` that promises plain decoding's text and wrote it on every prompt; None if none pays."""
+    """The fastest of ``rows`` that promises plain decoding's text and wrote it on every prompt.
+
+    None where none pays: the gain must be worth a sentence, and the slowest round must not be a loss.
+    """
     same = [r for r in rows if r["lossless"] and r["equal"] == 1.0 and not is_base(result, r)]
-    best = max(same, key=lambda r: r["speedup"], default=None)
-    return best if best is not None and best["speedup"] >= PAYS else None
+    pays = [r for r in same if r["speedup"] >= PAYS and r["speedup_low"] >= 1.0]
+    return max(pays, key=lambda r: r["speedup"], default=None)
 
 
 def headline(result: Result) -> list[str]:

@@ -92,7 +92,7 @@ def _against(result: Mapping[str, Any]) -> str:
         f"Speed-up in wall-clock time against plain decoding ({result['baseline']['method']}) of {result['model']}: "
         f"median of {p['rounds']} rounds, {p['samples']} prompts for each of {len(p['tasks'])} tasks, every method on "
         f"every prompt in turns; two runs of the baseline differ by {result['noise']:.1%}. ★ fastest lossless. "
-        f"Batch {p['batch']}, {p.get('dtype')}, {p.get('backend')} backend, {p.get('threads')} threads, {p['cpu']}."
+        f"Batch {p['batch']}, {p.get('dtype')}, {p.get('backend')} backend, threads: {p.get('threads')}, {p['cpu']}."
     )
 
 

@@ -35,7 +35,7 @@ def load_items(
     return [
         Item(
             task.name, task.family, chat_prompt(example, tokenizer), max_tokens or answer_room(task.name),
-            partial(_score, task, example),
+            partial(_score, task, example), example.prompt,
         )
         for task in tasks for example in examples(task.name, "test", n, seed)
     ]
