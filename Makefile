@@ -22,7 +22,7 @@ test: $(VENV)/.dev
 
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check .
-	@$(BIN)/pyright
+	@$(BIN)/pyright --pythonpath $(BIN)/python
 
 $(VENV)/.run: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): an environment with torch and a few small packages (minutes, once)"
