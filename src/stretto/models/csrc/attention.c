@@ -1,15 +1,17 @@
 /* Attention through slots: softmax over each row's own list of keys (its context, then its local rows), CHUNK keys at
    a time with a running maximum. Chunks are counted from the start of the list, of what the window leaves of it, so a
-   row's bits do not depend on where context ends and local rows begin, nor on who else is in the batch. An item of
-   work is one kv head of some neighbouring rows: rows that share keys read them from the nearest cache. */
+   row's bits do not depend on where context ends and local rows begin, nor on who else is in the batch.
+
+   A query is one head of one row. An item of work is one kv head of some neighbouring rows; of these, the queries
+   that see the same chunk run QUERIES at a time, so that a key loaded once serves several. */
 #include "native.h"
 #if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
-#define CHUNK 64 /* keys: 16 KB each of K and V at D = 64 */
-#define KEYS 8   /* keys whose dot products run together */
-#define ROWS 16  /* rows of an item, at most */
+#define CHUNK 64  /* keys: 16 KB each of K and V at D = 64 */
+#define QUERIES 3 /* with 4 keys, or 4 vectors of a value: 12 accumulators */
+#define ROWS 16   /* rows of an item, at most */
 
 INLINE vf load_kv(const char *p, int i, const int bf16) {
     if (!bf16) return load((const float *)p + i);
@@ -22,11 +24,11 @@ INLINE float one_kv(const char *p, int i, const int bf16) {
     return bf16 ? bf16_to_float(((const uint16_t *)p)[i]) : ((const float *)p)[i];
 }
 
-/* out[j] = sum of the lanes of a[j] */
-INLINE void sum_each(const vf a[KEYS], float *out) {
+/* out[j] = sum of the lanes of a[j], j < 4 */
+INLINE void sum_four(const vf *a, float *out) {
 #if defined(__AVX__) && VL >= 8
-    __m256 h[8];
-    for (int j = 0; j < 8; j++) {
+    __m256 h[4], q[2], u;
+    for (int j = 0; j < 4; j++) {
 #if VL == 8
         h[j] = (__m256)a[j];
 #else
@@ -35,51 +37,79 @@ INLINE void sum_each(const vf a[KEYS], float *out) {
         h[j] = _mm256_add_ps(_mm256_loadu_ps(part), _mm256_loadu_ps(part + 8));
 #endif
     }
-    __m256 u = _mm256_hadd_ps(_mm256_hadd_ps(h[0], h[1]), _mm256_hadd_ps(h[2], h[3]));
-    __m256 v = _mm256_hadd_ps(_mm256_hadd_ps(h[4], h[5]), _mm256_hadd_ps(h[6], h[7]));
-    _mm256_storeu_ps(
-        out, _mm256_add_ps(_mm256_permute2f128_ps(u, v, 0x20), _mm256_permute2f128_ps(u, v, 0x31)));
+    for (int j = 0; j < 2; j++) /* two of them share a register from here: a0+a2 a1+a3 b0+b2 b1+b3 */
+        q[j] = _mm256_add_ps(
+            _mm256_blend_ps(h[2 * j], h[2 * j + 1], 0xcc), _mm256_shuffle_ps(h[2 * j], h[2 * j + 1], 0x4e));
+    u = _mm256_add_ps(_mm256_shuffle_ps(q[0], q[1], 0x88), _mm256_shuffle_ps(q[0], q[1], 0xdd));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(u), _mm256_extractf128_ps(u, 1)));
 #else
-    for (int j = 0; j < KEYS; j++) out[j] = sum_lanes(a[j]);
+    for (int j = 0; j < 4; j++) out[j] = sum_lanes(a[j]);
 #endif
 }
 
-/* out[j] = q . keys[j] for KEYS keys */
-INLINE void dots(const float *q, const char *const *keys, int D, float *out, const int bf16) {
-    vf a[KEYS];
+/* s[i][j] = q[i] . keys[j] for nq queries and nk keys */
+INLINE void dots(
+    const int nq, const int nk, const float *const *q, const char *const *keys, int D, float (*s)[CHUNK], int bf16) {
+    vf a[QUERIES * 8];
     int d = 0;
-    UNROLL for (int j = 0; j < KEYS; j++) a[j] = splat(0.0f);
+    UNROLL for (int i = 0; i < nq * nk; i++) a[i] = splat(0.0f);
     for (; d + VL <= D; d += VL) {
-        vf qv = load(q + d);
-        UNROLL for (int j = 0; j < KEYS; j++) a[j] += qv * load_kv(keys[j], d, bf16);
+        vf qv[QUERIES]; /* with the accumulators and one key: all 16 registers of AVX2 */
+        UNROLL for (int i = 0; i < nq; i++) {
+            qv[i] = load(q[i] + d);
+            KEEP(qv[i]);
+        }
+        UNROLL for (int j = 0; j < nk; j++) {
+            vf k = load_kv(keys[j], d, bf16);
+            KEEP(k);
+            UNROLL for (int i = 0; i < nq; i++) a[i * nk + j] += qv[i] * k;
+        }
     }
-    sum_each(a, out);
+    for (int i = 0; i < nq; i++)
+        for (int j = 0; j < nk; j += 4) sum_four(a + i * nk + j, s[i] + j);
     for (; d < D; d++)
-        for (int j = 0; j < KEYS; j++) out[j] += q[d] * one_kv(keys[j], d, bf16);
+        for (int i = 0; i < nq; i++)
+            for (int j = 0; j < nk; j++) s[i][j] += q[i][d] * one_kv(keys[j], d, bf16);
 }
 
-/* out[d : d + nv VL] += sum over n keys of p[j] values[j] */
-INLINE void mix_part(const int nv, const float *p, const char *const *values, int n, int d, float *out, const int bf16) {
-    vf a[8];
-    UNROLL for (int i = 0; i < nv; i++) a[i] = load(out + d + i * VL);
-    for (int j = 0; j < n; j++) UNROLL for (int i = 0; i < nv; i++) a[i] += p[j] * load_kv(values[j], d + i * VL, bf16);
-    UNROLL for (int i = 0; i < nv; i++) store(out + d + i * VL, a[i]);
+/* out[i][d : d + nv VL] += sum over n keys of p[i][j] values[j] */
+INLINE void mix_part(
+    const int nq, const int nv, float (*p)[CHUNK], const char *const *values, int n, int d, float *const *out,
+    int bf16) {
+    vf a[QUERIES * 4 + 4];
+    UNROLL for (int i = 0; i < nq * nv; i++) a[i] = load(out[i / nv] + d + i % nv * VL);
+    for (int j = 0; j < n; j++) {
+        vf pv[QUERIES];
+        UNROLL for (int i = 0; i < nq; i++) {
+            pv[i] = splat(p[i][j]);
+            KEEP(pv[i]);
+        }
+        UNROLL for (int c = 0; c < nv; c++) {
+            vf v = load_kv(values[j], d + c * VL, bf16);
+            KEEP(v);
+            UNROLL for (int i = 0; i < nq; i++) a[i * nv + c] += pv[i] * v;
+        }
+    }
+    UNROLL for (int i = 0; i < nq * nv; i++) store(out[i / nv] + d + i % nv * VL, a[i]);
 }
 
-INLINE void mix(const float *p, const char *const *values, int n, int D, float *out, const int bf16) {
+INLINE void mix(
+    const int nq, float (*p)[CHUNK], const char *const *values, int n, int D, float *const *out, int bf16) {
     int d = 0;
-    for (; d + 8 * VL <= D; d += 8 * VL) mix_part(8, p, values, n, d, out, bf16);
-    for (; d + 4 * VL <= D; d += 4 * VL) mix_part(4, p, values, n, d, out, bf16);
-    for (; d + VL <= D; d += VL) mix_part(1, p, values, n, d, out, bf16);
+    if (nq == 1)
+        for (; d + 8 * VL <= D; d += 8 * VL) mix_part(nq, 8, p, values, n, d, out, bf16);
+    for (; d + 4 * VL <= D; d += 4 * VL) mix_part(nq, 4, p, values, n, d, out, bf16);
+    for (; d + VL <= D; d += VL) mix_part(nq, 1, p, values, n, d, out, bf16);
     for (; d < D; d++)
-        for (int j = 0; j < n; j++) out[d] += p[j] * one_kv(values[j], d, bf16);
+        for (int i = 0; i < nq; i++)
+            for (int j = 0; j < n; j++) out[i][d] += p[i][j] * one_kv(values[j], d, bf16);
 }
 
 /* One more chunk for one query: scores s[0 : n] become weights, the state (max, sum, out [D]) takes them in. */
 INLINE void update(float *s, int n, float *top, float *sum, float *out, int D) {
     vf high = splat(*top);
-    for (int j = n; j < CHUNK; j++) s[j] = -INFINITY;
-    for (int j = 0; j < CHUNK; j += VL) {
+    for (int j = n; j % VL; j++) s[j] = -INFINITY;
+    for (int j = 0; j < n; j += VL) {
         vf v = load(s + j);
         high = pick(v > high, v, high);
     }
@@ -88,7 +118,7 @@ INLINE void update(float *s, int n, float *top, float *sum, float *out, int D) {
     best = lanes[0];
     for (int i = 1; i < VL; i++) best = lanes[i] > best ? lanes[i] : best;
     vf total = splat(0.0f);
-    for (int j = 0; j < CHUNK; j += VL) {
+    for (int j = 0; j < n; j += VL) {
         vf e = vexp(load(s + j) - best);
         store(s + j, e);
         total += e;
@@ -124,67 +154,105 @@ static List row_list(const Batch *b, int64_t i, int window, int32_t *kept) {
     return l;
 }
 
-/* slots of keys first..first+n-1 */
-static void list_slots(const List *l, const Batch *b, int64_t first, int n, int32_t *out) {
-    if (l->kept) {
-        memcpy(out, l->kept + first, n * sizeof *out);
-        return;
-    }
+/* The slots of keys first..first+n-1; ``buffer`` [n] may hold them. */
+static const int32_t *list_slots(const List *l, const Batch *b, int64_t first, int n, int32_t *buffer) {
+    if (l->kept) return l->kept + first;
+    if (first + n <= l->n_context) return l->context + first;
     for (int j = 0; j < n; j++) {
         int64_t t = first + j;
-        out[j] = t < l->n_context ? l->context[t] : b->slots[l->local[t - l->n_context]];
+        buffer[j] = t < l->n_context ? l->context[t] : b->slots[l->local[t - l->n_context]];
+    }
+    return buffer;
+}
+
+/* The running softmax of one query. */
+typedef struct {
+    const float *q; /* [D], times the softmax scale */
+    float *out;     /* [D], not yet divided by sum */
+    float top, sum;
+} Query;
+
+INLINE void some_queries(
+    const int nq, Query *const *query, const char *const *keys, const char *const *values, int n, int D, int bf16) {
+    float s[QUERIES][CHUNK] __attribute__((aligned(64)));
+    const float *q[QUERIES];
+    float *out[QUERIES];
+    for (int i = 0; i < nq; i++) q[i] = query[i]->q, out[i] = query[i]->out;
+    const int nk = nq == 1 ? 8 : 4;
+    for (int j = 0; j < n; j += nk) dots(nq, nk, q, keys + j, D, (float(*)[CHUNK])(s[0] + j), bf16);
+    for (int i = 0; i < nq; i++) update(s[i], n, &query[i]->top, &query[i]->sum, out[i], D);
+    mix(nq, s, values, n, D, out, bf16);
+}
+
+/* One more chunk for all queries that see it: n keys in slots. base: where slot 0 of this kv head starts. */
+static void chunk_queries(
+    Query *const *queries, int count, const int32_t *slots, int n, const char *k_base, const char *v_base,
+    int64_t pitch, int D, int bf16) {
+    const char *keys[CHUNK], *values[CHUNK];
+    for (int j = 0; j < n; j++) keys[j] = k_base + slots[j] * pitch, values[j] = v_base + slots[j] * pitch;
+    for (int j = n; j % 8; j++) keys[j] = keys[n - 1]; /* computed, then masked */
+    const int blocks = (count + QUERIES - 1) / QUERIES;
+    for (int i = 0; i < blocks; i++) { /* blocks of nearly equal size */
+        const int at = count * i / blocks, nq = count * (i + 1) / blocks - at;
+#define CASE(N, BF16) some_queries(N, queries + at, keys, values, n, D, BF16)
+        if (bf16) nq == 1 ? CASE(1, 1) : nq == 2 ? CASE(2, 1) : CASE(3, 1);
+        else nq == 1 ? CASE(1, 0) : nq == 2 ? CASE(2, 0) : CASE(3, 0);
     }
 }
 
-/* Scratch of one thread: for each of ROWS rows the R states and outputs, and the kept lists. */
-static int64_t state_floats(const Model *m) { return (int64_t)ROWS * (m->A / m->G) * (m->D + 2); }
+/* Scratch of one thread: for each of ROWS rows R queries and their outputs, and the kept lists. */
+static size_t query_bytes(const Model *m) { return (size_t)ROWS * (m->A / m->G) * (sizeof(Query) + sizeof(Query *)); }
+static size_t out_bytes(const Model *m) { return (size_t)ROWS * (m->A / m->G) * m->D * 4; }
 
 size_t attention_bytes(const Model *m, int64_t keys) {
-    return ((state_floats(m) + ROWS * keys) * 4 + 63) / 64 * 64;
+    return (query_bytes(m) + out_bytes(m) + ROWS * keys * 4 + 63) / 64 * 64;
 }
 
 /* Kv head g of rows row0 .. row0 + rows - 1. qkv [n, (A + 2 G) D], out [n, A D]. */
-INLINE void item(
+static void item(
     const Model *m, const Batch *b, int layer, int g, int64_t row0, int rows, const float *qkv, float *out,
-    float *scratch, int64_t keys, const int bf16) {
-    const int D = m->D, R = m->A / m->G, es = bf16 ? 2 : 4;
+    char *scratch, int64_t keys) {
+    const int D = m->D, R = m->A / m->G, es = b->kv_bf16 ? 2 : 4;
     const int64_t base = ((int64_t)layer * b->slots_n * m->G + g) * D * es, pitch = (int64_t)m->G * D * es;
-    const char *k_base = (const char *)b->k_pool + base, *v_base = (const char *)b->v_pool + base;
-    float *tops = scratch, *sums = tops + ROWS * R, *outs = sums + ROWS * R;
-    int32_t *kept = (int32_t *)(scratch + state_floats(m));
+    Query *queries = (Query *)scratch, **chosen = (Query **)(queries + ROWS * R);
+    float *outs = (float *)(scratch + query_bytes(m));
+    int32_t *kept = (int32_t *)(scratch + query_bytes(m) + out_bytes(m));
     List lists[ROWS];
     int64_t most = 0;
+    memset(outs, 0, sizeof(float) * rows * R * D);
     for (int i = 0; i < rows; i++) {
         lists[i] = row_list(b, row0 + i, m->layers[layer].window, kept + i * keys);
         most = lists[i].n > most ? lists[i].n : most;
-        for (int h = 0; h < R; h++) tops[i * R + h] = -INFINITY, sums[i * R + h] = 0;
+        for (int h = 0; h < R; h++)
+            queries[i * R + h] = (Query){
+                qkv + ((row0 + i) * (m->A + 2 * m->G) + g * R + h) * D, outs + (i * R + h) * D, -INFINITY, 0};
     }
-    memset(outs, 0, sizeof(float) * rows * R * D);
     for (int64_t first = 0; first < most; first += CHUNK) {
-        for (int i = 0; i < rows; i++) {
-            const int n = lists[i].n - first < CHUNK ? (int)(lists[i].n - first) : CHUNK;
-            if (n <= 0) continue;
-            int32_t slots[CHUNK];
-            const char *at_k[CHUNK], *at_v[CHUNK];
-            list_slots(&lists[i], b, first, n, slots);
-            for (int j = 0; j < n; j++) at_k[j] = k_base + slots[j] * pitch, at_v[j] = v_base + slots[j] * pitch;
-            for (int j = n; j % KEYS; j++) at_k[j] = at_k[n - 1]; /* computed, then masked */
-            for (int h = 0; h < R; h++) {
-                const int e = i * R + h;
-                const float *q = qkv + (row0 + i) * (m->A + 2 * m->G) * D + (g * R + h) * D;
-                float s[CHUNK];
-                for (int j = 0; j < n; j += KEYS) dots(q, at_k + j, D, s + j, bf16);
-                update(s, n, &tops[e], &sums[e], outs + e * D, D);
-                mix(s, at_v, n, D, outs + e * D, bf16);
+        int32_t buffer[2][CHUNK];
+        const int32_t *slots = NULL;
+        int count = 0, n = 0;
+        for (int i = 0; i < rows; i++) { /* neighbours with the same keys go together */
+            const int64_t left = lists[i].n - first;
+            if (left <= 0) continue;
+            const int n_i = left < CHUNK ? (int)left : CHUNK;
+            const int32_t *slots_i = list_slots(&lists[i], b, first, n_i, buffer[slots == buffer[0]]);
+            if (count && (n_i != n || (slots_i != slots && memcmp(slots_i, slots, n * sizeof *slots)))) {
+                chunk_queries(
+                    chosen, count, slots, n, (char *)b->k_pool + base, (char *)b->v_pool + base, pitch, D, b->kv_bf16);
+                count = 0;
             }
+            if (!count) slots = slots_i, n = n_i;
+            for (int h = 0; h < R; h++) chosen[count++] = &queries[i * R + h];
         }
+        if (count)
+            chunk_queries(
+                chosen, count, slots, n, (char *)b->k_pool + base, (char *)b->v_pool + base, pitch, D, b->kv_bf16);
     }
-    for (int i = 0; i < rows; i++)
-        for (int h = 0; h < R; h++) {
-            float *o = out + (row0 + i) * m->A * D + (g * R + h) * D, *e = outs + (i * R + h) * D;
-            float inv = sums[i * R + h] > 0 ? 1 / sums[i * R + h] : 0; /* a row that sees nothing gives 0 */
-            for (int d = 0; d < D; d++) o[d] = e[d] * inv;
-        }
+    for (int e = 0; e < rows * R; e++) {
+        float *o = out + ((row0 + e / R) * m->A + g * R + e % R) * D;
+        const float inverse = queries[e].sum > 0 ? 1 / queries[e].sum : 0; /* a row that sees nothing gives 0 */
+        for (int d = 0; d < D; d++) o[d] = queries[e].out[d] * inverse;
+    }
 }
 
 void attention(Run *r, int phase, int layer, const float *qkv, float *out, void *scratch, int64_t keys) {
@@ -196,7 +264,6 @@ void attention(Run *r, int phase, int layer, const float *qkv, float *out, void 
     for (int64_t i; (i = claim(r, phase)) < blocks * m->G;) {
         const int64_t row0 = i % blocks * rows;
         const int count = (int)(b->n - row0 < rows ? b->n - row0 : rows), g = (int)(i / blocks);
-        if (b->kv_bf16) item(m, b, layer, g, row0, count, qkv, out, scratch, keys, 1);
-        else item(m, b, layer, g, row0, count, qkv, out, scratch, keys, 0);
+        item(m, b, layer, g, row0, count, qkv, out, scratch, keys);
     }
 }

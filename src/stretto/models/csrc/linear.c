@@ -13,7 +13,7 @@
 
 int panels(const Mat *m) { return m->gated ? (m->n + VL - 1) / VL : (m->n + PW - 1) / PW; }
 
-/* tile[r] += x[r][k0 : k0 + kb] W for mr rows and np neighbouring panels; mr, np and bf16 are constants of each
+/* tile[r] = x[r][k0 : k0 + kb] W, or += unless k0 = 0, for mr rows and np neighbouring panels; mr, np and bf16 are constants of each
    instance. Meanwhile fetches ``ahead``, ``step`` bytes for each k. */
 INLINE void block(
     const int mr, const int np, const int bf16, const float *const *x, int k0, int kb, const char *w, size_t panel,
@@ -34,6 +34,8 @@ INLINE void block(
                 wv[2 * p] = load((const float *)at);
                 wv[2 * p + 1] = load((const float *)at + VL);
             }
+            KEEP(wv[2 * p]);
+            KEEP(wv[2 * p + 1]);
             __builtin_prefetch(ahead + p * panel + k * step, 0, 3);
         }
         UNROLL for (int r = 0; r < mr; r++) {
@@ -43,7 +45,7 @@ INLINE void block(
     }
     UNROLL for (int r = 0; r < mr; r++) UNROLL for (int c = 0; c < 2 * np; c++) {
         float *t = tile + (c / 2) * MB * PW + r * PW + (c % 2) * VL;
-        store(t, load(t) + acc[r][c]);
+        store(t, k0 ? load(t) + acc[r][c] : acc[r][c]);
     }
 }
 
@@ -102,7 +104,6 @@ INLINE void part(const Product *p, int first, int last, const int bf16) {
         for (int r = 0; r < rows; r++) x[r] = p->x + (p->gather ? p->gather[row0 + r] : row0 + r) * p->ldx;
         for (int j = first; j < last;) {
             const int np = rows <= 2 && j + 1 < last ? 2 : 1;
-            for (int c = 0; c < np; c++) memset(tile + c * MB * PW, 0, sizeof(float) * PW * rows);
             for (int k0 = 0; k0 < m->k; k0 += KB) {
                 const int kb = m->k - k0 < KB ? m->k - k0 : KB;
                 const char *w = (const char *)m->w + j * panel + k0 * line;
@@ -110,7 +111,7 @@ INLINE void part(const Product *p, int first, int last, const int bf16) {
                     const int a = rows * i / blocks, e = rows * (i + 1) / blocks;
                     /* few rows: some lines ahead in the stream; many: a slice of the next block each */
                     const size_t step = line / blocks;
-                    const char *ahead = blocks == 1 ? w + 1024 : w + kb * line + i * kb * step;
+                    const char *ahead = blocks == 1 ? w + 4096 : w + kb * line + i * kb * step;
                     rows_block(e - a, np, bf16, x + a, k0, kb, w, panel, tile + a * PW, ahead, step);
                 }
             }
