@@ -38,7 +38,7 @@ class Recipe:
     top_k: int = 2
     balance: float = 0.01  # weight of the load-balance loss (Switch)
     block_size: int = 8  # of block diffusion
-    minutes: float = 40.0
+    minutes: float = 50.0
     rows: int = 12  # rows of a batch
     length: int = 144  # tokens of a row
     lr: float = 3e-3
@@ -67,19 +67,19 @@ _ALL = (
     Recipe(name="zoo-tiny", purpose="autoregressive, the target of every lossless method"),
     Recipe(
         name="zoo-tiny-draft", purpose="a small autoregressive draft for zoo:tiny",
-        hidden=96, layers=2, heads=3, kv_heads=1, ffn=256, minutes=6,
+        hidden=96, layers=2, heads=3, kv_heads=1, ffn=256, minutes=10,
     ),
     Recipe(
         name="zoo-tiny-blocks", purpose="block-causal masked diffusion (kind B), from zoo:tiny",
-        objective="block_diffusion", base="zoo:tiny", minutes=20, lr=2e-3, adam_lr=1e-3,
+        objective="block_diffusion", base="zoo:tiny", minutes=60, lr=2e-3, adam_lr=1e-3,
     ),
     Recipe(
         name="zoo-tiny-diffusion", purpose="full-attention masked diffusion (kind F), from zoo:tiny",
-        objective="masked_diffusion", base="zoo:tiny", minutes=22, length=192, rows=10, lr=2e-3, adam_lr=1e-3,
+        objective="masked_diffusion", base="zoo:tiny", minutes=60, length=192, rows=10, lr=2e-3, adam_lr=1e-3,
     ),
     Recipe(
         name="zoo-tiny-moe", purpose="mixture of experts, upcycled from zoo:tiny",
-        base="zoo:tiny", experts=8, ffn=192, minutes=12, lr=2e-3, adam_lr=1e-3,
+        base="zoo:tiny", experts=8, ffn=192, minutes=25, lr=2e-3, adam_lr=1e-3,
     ),
 )
 RECIPES: dict[str, Recipe] = {r.name: r for r in _ALL}
