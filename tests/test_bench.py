@@ -284,6 +284,19 @@ def test_scales_of_the_plot_are_monotone():
     assert 1 in frame.x_ticks and frame.y_ticks[0] == 1.0
 
 
+def test_peers_are_shown_and_absent_ones_named():
+    row = {
+        "what": "one row", "shape": "125M", "unit": "tokens/s", "peer": "another engine", "stretto": 50.0, "theirs": 25.0,
+        "ratio": 2.0, "ratio_low": 1.9, "ratio_high": 2.1,
+    }
+    gone = {"peer": "llama.cpp", "what": "all", "reason": "not installed: pip install llama-cpp-python"}
+    result = fake_result() | {"peers": {"rows": [row], "absent": [gone], "provenance": {}}}
+    out = io.StringIO()
+    print_rows(result, Console(file=out, width=120))
+    for text in (out.getvalue(), render(result)):
+        assert all(word in text for word in ("another engine", "2.00×", "125M", "pip install llama-cpp-python"))
+
+
 @pytest.mark.parametrize("width", [70, 160])
 def test_table_prints_every_method_and_what_was_compared(width):
     out = io.StringIO()

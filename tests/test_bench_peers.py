@@ -33,7 +33,7 @@ def test_shapes_have_the_size_of_their_name():
 def test_each_measurement_is_a_ratio_to_a_peer(monkeypatch):
     def engine(name, factor, **more):
         return SimpleNamespace(
-            name=name, decode=lambda prompts, tokens: factor * (1 + len(prompts) / 16), backend="fake",
+            name=name, decode=lambda prompts, tokens, method="ar": factor * (1 + len(prompts) / 16), backend="fake",
             rows=lambda n, context: factor * (1 + n / 16), **more,
         )
 
@@ -49,7 +49,7 @@ def test_each_measurement_is_a_ratio_to_a_peer(monkeypatch):
 
     slow = make(lambda path, threads: engine("slow", 3.0, offers=("one row", "rows", "batch")), "slow", "slow")
     monkeypatch.setattr(peers_module, "ENGINES", (slow, make(absent, "gone", "gone-py"), make(broken, "broken", "b")))
-    monkeypatch.setattr(peers_module, "Ours", lambda path, threads: engine("stretto", 1.0))
+    monkeypatch.setattr(peers_module, "Ours", lambda path, threads, **mode: engine("stretto", 2.0 if mode.get("deterministic") else 1.0))
     monkeypatch.setattr(peers_module, "write_checkpoint", lambda path, config: path)
     result = measure_peers(shapes=["tiny"], threads=1)
     rows = {(r["what"], r["peer"]): r for r in result["rows"]}
@@ -57,6 +57,8 @@ def test_each_measurement_is_a_ratio_to_a_peer(monkeypatch):
     assert rows["16 rows", "slow"]["ratio"] == pytest.approx(1)
     assert rows["batch 16, mixed lengths", "slow"]["ratio"] == pytest.approx(3)
     assert rows["batch 16, mixed lengths", "stretto, one by one"]["ratio"] == pytest.approx(16 * (17 / 16) / 2)
+    assert rows["one row, deterministic", "stretto, default mode"]["ratio"] == pytest.approx(0.5)
+    assert rows["16 rows, deterministic", "stretto, default mode"]["ratio"] == pytest.approx(0.5)
     assert all(r["ratio_low"] <= r["ratio"] <= r["ratio_high"] for r in result["rows"])
     gone = {a["peer"]: a["reason"] for a in result["absent"]}
     assert gone == {"gone": "not installed: pip install gone-py", "broken": "RuntimeError: no such instruction"}

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,8 @@ def measure_peers(
                     if peer is not None:
                         rows += _beside(ours, peer, shape, 3 if quick else 5, absent)
             rows.append(_batching(ours, shape, 3 if quick else 5))
+            say(f"peers: what deterministic mode costs at {shape}")
+            rows += _modes(path, count, shape, 3 if quick else 5)
     facts = {"threads": count, "backend": backend, "dtype": "bfloat16", "versions": _versions(), "quick": quick}
     gone = [{"peer": name, "what": what, "reason": reason} for (name, what), reason in absent.items()]
     return {"rows": rows, "absent": gone, "provenance": provenance(**facts)}
@@ -154,6 +157,20 @@ def _batching(ours: Ours, shape: str, rounds: int) -> dict[str, Any]:
         f"batch {BATCH}, mixed lengths", shape, "tokens/s", "stretto, one by one", [total / s for s in mine],
         [total / s for s in single],
     )
+
+
+def _modes(path: Path, threads: int, shape: str, rounds: int) -> list[dict[str, Any]]:
+    """Deterministic mode beside the default one: single rows, a chain of 16, trees (a method that drafts them)."""
+    exact, loose = (Ours(path, threads, deterministic=d, plan=False) for d in (True, False))
+    prompts, tokens, name = _prompts([PROMPT]), [TOKENS], "stretto, default mode"
+    out = []
+    for method, what in (("ar", "one row, deterministic"), ("lookahead", "trees (lookahead), deterministic")):
+        mine, theirs = _turns(
+            partial(exact.decode, prompts, tokens, method), partial(loose.decode, prompts, tokens, method), rounds
+        )
+        out.append(_row(what, shape, "tokens/s", name, [TOKENS / s for s in mine], [TOKENS / s for s in theirs]))
+    mine, theirs = ([1000 * engine.rows(ROWS, c) for c in CONTEXTS] for engine in (exact, loose))
+    return [*out, _row(f"{ROWS} rows, deterministic", shape, "ms a forward", name, mine, theirs, lower=True)]
 
 
 def _turns(

@@ -49,25 +49,28 @@ def write_checkpoint(folder: Path, config: dict[str, Any], seed: int = 0) -> Pat
 
 
 class Ours:
-    """stretto's own engine."""
+    """stretto's own engine; ``plan=False`` keeps methods from switching themselves off."""
 
     name = "stretto"
 
-    def __init__(self, folder: Path, threads: int):
+    def __init__(self, folder: Path, threads: int, *, deterministic: bool = False, plan: bool = True):
         from stretto.llm import LLM
 
-        self._llm = LLM(folder, dtype="bfloat16", device="cpu", threads=threads, enable_prefix_caching=False)
+        self._llm = LLM(
+            folder, dtype="bfloat16", device="cpu", threads=threads, enable_prefix_caching=False, plan=plan,
+            deterministic=deterministic,
+        )
 
     @property
     def backend(self) -> str:
         return self._llm.runner.backend
 
-    def decode(self, prompts: Prompts, tokens: Sequence[int]) -> float:
+    def decode(self, prompts: Prompts, tokens: Sequence[int], method: str = "ar") -> float:
         from stretto.engine.params import SamplingParams
 
         params = [SamplingParams(max_tokens=n, temperature=0.0, ignore_eos=True) for n in tokens]
         start = time.perf_counter()
-        outputs = self._llm.generate([list(p) for p in prompts], params)
+        outputs = self._llm.generate([list(p) for p in prompts], params, method=method)
         seconds = time.perf_counter() - start
         check(self.name, [len(o.outputs[0].token_ids) for o in outputs], tokens)
         return seconds

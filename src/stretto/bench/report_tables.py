@@ -218,16 +218,19 @@ def peers_section(result: Result) -> str:
     if not peers:
         return ""
     rows = "".join(
-        f'<tr><th scope="row">{escape(r["what"])}</th><td>{escape(r["shape"])}</td><td>{r["stretto"]:.4g}</td>'
-        f'<td>{escape(r["peer"])}</td><td>{r["theirs"]:.4g}</td><td>{escape(r["unit"])}</td>'
-        f'<td><b>{r["ratio"]:.2f}×</b></td></tr>'
+        f'<tr><th scope="row">{escape(r["shape"])}</th><td>{escape(r["what"])}</td><td>{escape(r["peer"])}</td>'
+        f'<td>{r["stretto"]:.4g}</td><td>{r["theirs"]:.4g}</td><td>{escape(r["unit"])}</td>'
+        f'<td title="{r["ratio_low"]:.2f} to {r["ratio_high"]:.2f}"><b>{r["ratio"]:.2f}×</b></td></tr>'
         for r in peers["rows"] if r["ratio"] is not None
     )
-    absent = "".join(f"<li>{escape(a['peer'])}: {escape(a['reason'])}</li>" for a in peers["absent"])
+    absent = "".join(
+        f"<li><b>{escape(a['peer'])}</b> ({escape(a['what'])}): {escape(a['reason'])}</li>" for a in peers["absent"]
+    )
     return (
         '<section aria-labelledby="h-peers"><h2 id="h-peers">Beside other engines</h2>'
-        '<p class="sub">The same weights, the same threads, in turns. Above 1× stretto is ahead.</p>'
-        '<div class="card scroll" tabindex="0" role="region" aria-label="Peers"><table><thead><tr><th>what</th>'
-        "<th>shape</th><th>stretto</th><th>peer</th><th>theirs</th><th>unit</th><th>ratio</th></tr></thead>"
+        '<p class="sub">Random weights of three sizes, the same for all, and the same threads, in turns. Above 1× '
+        "stretto is ahead. “16 rows” is what a forward of 16 rows costs, in forwards of one row.</p>"
+        '<div class="card scroll" tabindex="0" role="region" aria-label="Peers"><table class="names"><thead><tr>'
+        "<th>shape</th><th>what</th><th>beside</th><th>stretto</th><th>theirs</th><th>unit</th><th>ratio</th></tr></thead>"
         f'<tbody>{rows}</tbody></table></div><ul class="notes small">{absent}</ul></section>'
     )

@@ -31,6 +31,9 @@ def print_rows(result: Mapping[str, Any], console: Console | None = None) -> Non
         out.print(table)
         out.print()
     out.print(Text(_against(result), style="dim"))
+    if result.get("peers"):
+        out.print()
+        out.print(_peers(result["peers"]))
     for text in _asides(result):
         out.print(Text(text, style="dim"))
 
@@ -86,6 +89,22 @@ def _figures(row: Row) -> list[Text]:
     ]
 
 
+def _peers(peers: Mapping[str, Any]) -> Table:
+    """Ours beside other engines on the same random weights."""
+    table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("shape", "what", "beside"):
+        table.add_column(name, overflow="fold")
+    for name in ("stretto", "theirs", "unit", "ratio"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for r in peers["rows"]:
+        style = "green" if r["ratio"] >= 1 else "red"
+        figures = (f"{r['stretto']:.4g}", f"{r['theirs']:.4g}", r["unit"], Text(f"{r['ratio']:.2f}×", style=style))
+        table.add_row(r["shape"], r["what"], r["peer"], *figures)
+    for a in peers["absent"]:
+        table.add_row("", a["what"], a["peer"], "-", "-", "", Text("absent", style="dim"))
+    return table
+
+
 def _against(result: Mapping[str, Any]) -> str:
     p = result["provenance"]
     return (
@@ -99,8 +118,9 @@ def _against(result: Mapping[str, Any]) -> str:
 def _asides(result: Mapping[str, Any]) -> list[str]:
     notes = [f"{title(result, r)}: {n}" for r in result["totals"] for n in r["notes"]]
     skipped = [f"{s['method']} on {s['model']} was left out: {s['reason']}" for s in result["skipped"]]
+    absent = [f"{a['peer']} ({a['what']}): {a['reason']}" for a in result.get("peers", {}).get("absent", ())]
     where = [f"Report: {result['html']}"] if result.get("html") else []
-    return [*notes, *skipped, *where]
+    return [*notes, *skipped, *absent, *where]
 
 
 def print_evaluation(result: Mapping[str, Any], console: Console | None = None) -> None:
