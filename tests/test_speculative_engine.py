@@ -283,7 +283,7 @@ def test_a_perfect_draft_is_always_right(net):
     method = make("draft", eng.host, {"model": "itself", "num_draft_tokens": 4})
     (stream,) = complete(eng, method, [prompts(1, 9)[0]], greedy(30, ignore_eos=True))
     assert stream.seq.metrics.acceptance == 1.0 and stream.seq.metrics.forwards == 6
-    assert method._runner.alloc.used == 0
+    assert method.model.runner.alloc.used == 0
 
 
 def test_rejection_of_a_perfect_draft_accepts_everything(net):
@@ -298,22 +298,22 @@ def test_drafts_cache_follows_the_text(net):
     eng = engine(net)
     method = make("draft", eng.host, {"model": "near", "num_draft_tokens": 9, "topk": 3, "depth": 3})
     streams = [eng.add(p, greedy(25, ignore_eos=True), method)[0] for p in prompts(3, 10)]
-    twin = Runner(method._runner.model, slots=256, backend="torch")
+    twin = Runner(method.model.runner.model, slots=256, backend="torch")
     slots = twin.alloc.alloc(120)
 
     def check():
         for s in streams:
-            if s.finish_reason is None and len(view := s.seq.state.view):
+            if s.finish_reason is None and len(view := s.seq.state.cache.view):
                 n = len(view)
                 assert n < len(s.seq.tokens)
                 own, s.seq.view = s.seq.view, type(view)(twin.alloc)
                 twin.forward(pack([Plan(s.seq, 0, Step(s.seq.tokens[:n]), slots=slots[:n])]))
                 s.seq.view = own
-                got = method._runner.pool.k[:, view.slots]
+                got = method.model.runner.pool.k[:, view.slots]
                 assert (got - twin.pool.k[:, slots[:n]]).abs().max() < 1e-5
 
     finish(eng, check)
-    assert method._runner.alloc.used == 0
+    assert method.model.runner.alloc.used == 0
 
 
 def test_a_small_draft_pool_is_shared_in_turns(net):
@@ -323,7 +323,7 @@ def test_a_small_draft_pool_is_shared_in_turns(net):
     got = complete(eng, method, texts, greedy(30, ignore_eos=True))
     assert [tokens(s) for s in got] == reference(net, texts, greedy(30, ignore_eos=True))
     assert any("cache is full" in note for s in got for note in s.seq.metrics.notes)
-    assert method._runner.alloc.used == 0
+    assert method.model.runner.alloc.used == 0
 
 
 def test_a_draft_with_a_short_context_stops_drafting(net):

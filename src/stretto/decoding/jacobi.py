@@ -61,7 +61,8 @@ class Jacobi:
     def propose(self, seqs: list[Sequence]) -> list[Step]:
         start = self.planner.begin()
         offers = [self._offer(seq) for seq in seqs]
-        counts = self.planner.allot(seqs, [s.state.pace for s in seqs], offers)
+        paces, tag = [s.state.pace for s in seqs], hash(tuple(seqs[0].state.stable))
+        counts = self.planner.allot(seqs, paces, offers, tag=tag)
         steps = [
             Step([seq.tokens[-1], *seq.state.guesses[:n]]) for seq, n in zip(seqs, counts, strict=True)
         ]
@@ -114,7 +115,7 @@ class Jacobi:
         # behind the new root: answers to guesses that were evaluated, then guesses that were not
         old = state.guesses[hits + 1 :]
         state.guesses = answers[hits + 1 :] + old[n - hits :]
-        state.stable = [a == b for a, b in zip(state.guesses, old, strict=False)]
+        state.stable = [i < len(old) and g == old[i] for i, g in enumerate(state.guesses)]
         return Commit(
             tokens=answers[: hits + 1], keep=range(hits + 1), drafted=n, accepted=hits,
             logprob_rows=range(hits + 1),

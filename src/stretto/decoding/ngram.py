@@ -72,7 +72,8 @@ class Ngram:
         start = self.planner.begin()
         found = [self._look_up(seq, seq.state) for seq in seqs]
         offers = [offer for offer, _, _ in found]
-        counts = self.planner.allot(seqs, [s.state.pace for s in seqs], offers)
+        tag = found[0][2][0] if offers[0] else -1  # the first key names the class of the match
+        counts = self.planner.allot(seqs, [s.state.pace for s in seqs], offers, tag=tag)
         steps = []
         for seq, count, (_, chain, keys) in zip(seqs, counts, found, strict=True):
             if isinstance(chain, Tree):

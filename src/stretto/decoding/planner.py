@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from stretto.engine.host import Host
 from stretto.engine.runner import Runner
@@ -114,7 +114,7 @@ class Rates:
     def __init__(self, rate: Seq[float], trials: float, horizon: int):
         self.rate, self.trials, self.horizon = list(rate), [trials] * len(rate), horizon
 
-    def learn(self, key: int, hit: bool) -> None:
+    def learn(self, key: int, hit: float) -> None:
         n = self.trials[key] = min(self.trials[key] + 1, self.horizon)
         self.rate[key] += (hit - self.rate[key]) / n
 
@@ -125,20 +125,23 @@ class Pace:
 
     rates: Rates
     off: bool = False
-    idle: int = 0  # declined steps in a row
-    probing: bool = False
+    idle: int = 0  # steps since it was switched off
+    probing: int = 0  # steps that the probe under way may go on without a hit
+    memo: dict[tuple, int] = field(default_factory=dict)  # decisions until the rates change
 
 
 class Planner:
     """One per method instance: shared rates, the target's costs, the method's own time.
 
     ``prior``: the rates to start from, by key; keys are the method's. With ``host.plan`` false every offer is taken.
-    ``probe``: most drafts of a probe.
+    ``probe``: most drafts of a probe; ``patience``: steps that a probe may take until its first hit.
     """
 
-    def __init__(self, host: Host, prior: Seq[float], *, draft: Runner | None = None, probe: int = 2):
+    def __init__(
+        self, host: Host, prior: Seq[float], *, draft: Runner | None = None, probe: int = 2, patience: int = 1,
+    ):
         self.shared = Rates(prior, 4, SHARED_HORIZON)
-        self.active, self._probe = host.plan, probe
+        self.active, self._probe, self._patience = host.plan, probe, patience
         self.target = self.draft = None
         if host.plan:
             try:
@@ -147,9 +150,9 @@ class Planner:
             except CapacityError as e:
                 self.active = False
                 host.notes.append(f"drafting by fixed lengths: {e}")
-        self._own = [0.0, 0.0]  # seconds per sequence of a step without drafts, with drafts
-        self._between = 0.0  # seconds of a step outside of the forward and the method
-        self._spent = self._ended = self._credit = 0.0
+        self._own = (_Typical(), _Typical())  # seconds per sequence of a step without drafts, with drafts
+        self._between = _Typical()  # seconds of a step outside of the forward and the method
+        self._spent = self._ended = self._credit = self._share = 0.0
 
     def pace(self) -> Pace:
         return Pace(Rates(self.shared.rate, PRIOR_TRIALS, OWN_HORIZON))
@@ -158,8 +161,7 @@ class Planner:
         """Call first in propose; the moment, for ``pause``."""
         now = time.perf_counter()
         if self._ended and self.target is not None:
-            gap = min(now - self._ended, self.target.one)  # longer ones are waiting, not work
-            self._between += 0.1 * (gap - self._between)
+            self._between.learn(min(now - self._ended, self.target.one))  # longer ones are waiting, not work
             self._ended = 0.0
         return now
 
@@ -170,35 +172,66 @@ class Planner:
     def end(self, start: float, sequences: int, drafted: int) -> None:
         """Call last in commit."""
         self._ended = time.perf_counter()
-        value, kind = (self._spent + self._ended - start) / sequences, drafted > 0
-        old = self._own[kind]
-        self._own[kind] = old + 0.1 * (min(value, 4 * old) - old) if old else value
+        self._own[drafted > 0].learn((self._spent + self._ended - start) / sequences)
+
+    def asleep(self, seq: Sequence, pace: Pace) -> bool:
+        """Whether the method is switched off for this step of ``seq`` and need not even make an offer."""
+        if not pace.off or pace.probing or pace.idle < NOTE_AFTER:
+            return False
+        pace.idle += 1
+        self._credit += self._share
+        return pace.idle % PROBE_GAP != 0
 
     def allot(
         self, seqs: Seq[Sequence], paces: Seq[Pace], offers: Seq[Seq[float]], *, width: int = 1,
-        depths: Seq[Seq[int]] | None = None, entry: Seq[float] | None = None,
+        depths: Seq[Seq[int]] | None = None, entry: Seq[float] | None = None, tag: int = 0,
     ) -> list[int]:
-        """Drafts of each sequence in this step. ``entry[i]``: seconds before sequence i can draft at all."""
+        """Drafts of each sequence in this step. ``entry[i]``: seconds before sequence i can draft at all.
+
+        ``tag``: what the offer of a lone sequence depends on besides its rates and length.
+        """
         if not self.active or not any(offers):
             return [len(o) for o in offers]
         n = len(seqs)
-        context = len(seqs[0].tokens) if n == 1 else sum(len(s.tokens) for s in seqs) // n
-        target = self.target.table(context, n + width * sum(map(len, offers)))
-        own = max(0.0, self._own[1] - self._own[0])
+        if n > 1:
+            return self._allot(seqs, paces, offers, width, depths, entry)
+        pace = paces[0]
+        key = (tag, len(offers[0]), len(seqs[0].tokens).bit_length(), pace.off)
+        count = pace.memo.get(key)
+        if count and not pace.off:
+            return [count]
+        if count == 0 and not pace.probing and pace.idle > NOTE_AFTER and pace.idle % PROBE_GAP:
+            pace.idle += 1
+            self._credit += self._share
+            return [0]
+        counts = self._allot(seqs, paces, offers, width, depths, entry)
+        pace.memo[key] = 0 if pace.off else counts[0]
+        return counts
+
+    def _allot(
+        self, seqs: Seq[Sequence], paces: Seq[Pace], offers: Seq[Seq[float]], width: int,
+        depths: Seq[Seq[int]] | None, entry: Seq[float] | None,
+    ) -> list[int]:
+        n = len(seqs)
+        context = sum(len(s.tokens) for s in seqs) // n
+        drafts = sum(map(len, offers))
+        target = self.target.table(context, n + width * drafts)
+        own = max(0.0, self._own[1].value - self._own[0].value)
         extra = [own] * n
         if entry is not None:
             extra = [own + e / min(32, s.remaining) for e, s in zip(entry, seqs, strict=True)]
         levels = None
         if self.draft is not None:
             scale = self.draft.scale
-            levels = [scale * t for t in self.draft.table(context, sum(map(len, offers)))]
+            levels = [scale * t for t in self.draft.table(context, drafts)[: drafts + 2]]
         counts, _ = allot(
             [[RETURN_MARGIN * g for g in o] if p.off else o for p, o in zip(paces, offers, strict=True)],
-            target, fixed=self._between, extra=extra, width=width, levels=levels, depths=depths,
+            target, fixed=self._between.value, extra=extra, width=width, levels=levels, depths=depths,
         )
+        self._share = PROBE_SHARE * target[n] / n
         for i, (pace, offer) in enumerate(zip(paces, offers, strict=True)):
             if counts[i]:
-                pace.off, pace.idle, pace.probing = False, 0, False
+                pace.off, pace.idle, pace.probing = False, 0, 0
             elif offer:
                 price = extra[i] + (entry[i] if entry is not None else 0.0)
                 counts[i] = self._declined(seqs[i], pace, offer, n, target, levels, price, width)
@@ -210,18 +243,17 @@ class Planner:
     ) -> int:
         """Count the step; 0, or the length of a probe that the credit pays for."""
         pace.off, pace.idle = True, pace.idle + 1
+        self._credit += self._share
         if pace.idle == NOTE_AFTER:
             self._note(seq, offer, n, target, levels, price, width)
         k = min(self._probe, len(offer))
-        self._credit = min(self._credit + PROBE_SHARE * target[n] / n, 4 * target[1])
-        if not pace.probing and pace.idle % PROBE_GAP:
-            return 0
         price += target[n + width * k] - target[n] + (levels[1] * k if levels is not None else 0.0)
-        if not pace.probing and self._credit < min(price, 4 * target[1]):
-            pace.idle -= 1  # ask again at the next step
-            return 0
+        if not pace.probing:
+            if pace.idle < PROBE_GAP or self._credit < min(price, 4 * target[1]):
+                return 0
+            pace.probing = self._patience
+        pace.idle = NOTE_AFTER + 1
         self._credit -= price
-        pace.probing = True
         return k
 
     def _note(
@@ -242,16 +274,19 @@ class Planner:
                 )
         seq.metrics.note(f"speculation off: {text}")
 
-    def learn(self, pace: Pace, key: int, hit: bool) -> None:
+    def learn(self, pace: Pace, key: int, hit: float) -> None:
         self.shared.learn(key, hit)
         pace.rates.learn(key, hit)
+        pace.memo.clear()
 
     def judged(self, pace: Pace, keys: Seq[int], accepted: int) -> None:
         """A chain whose first ``accepted`` drafts were right; ``keys`` of all of them."""
+        if not keys:
+            return
         for key in keys[:accepted]:
-            self.learn(pace, key, True)
+            self.learn(pace, key, 1.0)
         if accepted < len(keys):
-            self.learn(pace, keys[accepted], False)
+            self.learn(pace, keys[accepted], 0.0)
         self.probed(pace, accepted)
 
     def judged_tree(self, pace: Pace, keys: Seq[int], parent: Seq[int], rows: Seq[int]) -> None:
@@ -259,11 +294,33 @@ class Planner:
         right = set(rows)
         for node, key in enumerate(keys, 1):
             if parent[node] in right:
-                self.learn(pace, key, node in right)
+                self.learn(pace, key, float(node in right))
         self.probed(pace, len(rows) - 1)
 
     def probed(self, pace: Pace, accepted: int) -> None:
         """A probe that found nothing ends; one that did goes on, and weighs more."""
         if pace.probing:
-            pace.probing = accepted > 0
+            pace.probing = self._patience if accepted else pace.probing - 1
             pace.rates.trials = [min(t, 6) for t in pace.rates.trials]
+            pace.memo.clear()
+
+
+class _Typical:
+    """A running typical value of a duration: quick to fall, slow to rise, deaf to outliers and to the cold start."""
+
+    __slots__ = ("_left", "value")
+
+    def __init__(self) -> None:
+        self.value, self._left = 0.0, 3
+
+    def learn(self, seconds: float) -> None:
+        if self._left:
+            self._left -= 1
+            return
+        old = self.value
+        if not old:
+            self.value = seconds
+        elif seconds < old:
+            self.value = old + 0.2 * (seconds - old)
+        else:
+            self.value = old + 0.05 * (min(seconds, 2 * old) - old)
