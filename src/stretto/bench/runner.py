@@ -59,16 +59,10 @@ def bench(
         chosen = one_per_family()
     count, rounds = _plan(samples, batch, quick, cost * len(chosen))
     cells = _measure(arms, [items([t], count, seed) for t in chosen], rounds, batch, say)
-    result = {
-        "model": model, "baseline": {"model": model, "method": arms[0].label},
-        "rows": rows_by(cells, "task"), "families": rows_by(cells, "family"), "totals": rows_by(cells, "all"),
-        "samples": sample_records(cells), "skipped": fleet.skipped, "noise": noise(cells),
-        "options": {a.label: dict(a.options) for a in arms if a.options},
-        "provenance": provenance(
-            fleet.llm, seed=seed, samples=count, rounds=rounds, batch=batch, quick=quick,
-            tasks=[t.name for t in chosen],
-        ),
-    }
+    result = _result(fleet, arms, cells)
+    result["provenance"] = provenance(
+        fleet.llm, seed=seed, samples=count, rounds=rounds, batch=batch, quick=quick, tasks=[t.name for t in chosen]
+    )
     result["headline"] = headline(result)
     if peers:
         from stretto.bench.peers import measure_peers
@@ -80,6 +74,15 @@ def bench(
         result["html"] = str(write_report(result, html))
     say(1.0, "done")
     return result
+
+
+def _result(fleet: Fleet, arms: Sequence[Arm], cells: Sequence[Cell]) -> dict[str, Any]:
+    return {
+        "model": fleet.model, "baseline": {"model": fleet.model, "method": arms[0].label},
+        "rows": rows_by(cells, "task"), "families": rows_by(cells, "family"), "totals": rows_by(cells, "all"),
+        "samples": sample_records(cells), "skipped": fleet.skipped, "noise": noise(cells),
+        "options": {a.label: dict(a.options) for a in arms if a.options},
+    }
 
 
 def _check(**numbers: int | None) -> None:

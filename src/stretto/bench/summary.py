@@ -27,10 +27,10 @@ def title(result: Result, row: Row) -> str:
 def best_lossless(result: Result, rows: Iterable[Row]) -> Row | None:
     """The fastest of ``rows`` that promises plain decoding's text and wrote it on every prompt.
 
-    None where none pays: the gain must be worth a sentence, and the slowest round must not be a loss.
+    None where none pays: the gain must be worth a sentence, and the slowest round no loss beyond the noise.
     """
     same = [r for r in rows if r["lossless"] and r["equal"] == 1.0 and not is_base(result, r)]
-    pays = [r for r in same if r["speedup"] >= PAYS and r["speedup_low"] >= 1.0]
+    pays = [r for r in same if r["speedup"] >= PAYS and r["speedup_low"] >= 1.0 - result["noise"]]
     return max(pays, key=lambda r: r["speedup"], default=None)
 
 
