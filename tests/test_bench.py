@@ -194,7 +194,7 @@ def test_rows_are_complete_and_right():
     assert (ar["tokens_per_forward"], ngram["tokens_per_forward"]) == (1, 2)
     assert ar["rows_per_forward"] == 1 and ngram["rows_per_forward"] == 2
     assert ar["acceptance"] is None and ngram["acceptance"] == 1
-    assert ar["quality"] == 1 and ngram["notes"] == ["a note (all of 4 outputs)"] and ar["notes"] == []
+    assert ar["quality"] == 1 and ngram["notes"] == ["in all of 4 outputs: a note"] and ar["notes"] == []
 
 
 def test_families_and_totals_are_means_over_their_tasks():
@@ -367,7 +367,7 @@ def test_diffusion_twins_join_the_bench_of_tiny(monkeypatch):
 
 def test_samples_fit_the_time():
     plan = runner_module._plan
-    assert plan(None, 1, False, 1000.0) == (5, 5) and plan(None, 1, False, 1e-9) == (20, 5)
+    assert plan(None, 1, False, 1000.0) == (5, 5) and plan(None, 1, False, 1e-9) == (32, 5)
     assert plan(None, 16, False, 1e-9) == (80, 5) and plan(3, 1, True, 1.0) == (3, 3)
     assert plan(4, 3, False, 1.0) == (4, 1)
 

@@ -110,7 +110,7 @@ def notes(result: Result) -> str:
     """What methods said about themselves, and what was left out."""
     lines = []
     for row in result["totals"]:
-        lines += [f"<b>{escape(title(result, row))}</b>: {escape(n)}" for n in row["notes"]]
+        lines += [f"<b>{escape(title(result, row))}</b> {escape(n)}" for n in row["notes"]]
     lines += [
         f"<b>{escape(s['method'])}</b> on {escape(s['model'])} was left out: {escape(s['reason'])}"
         for s in result["skipped"]
@@ -209,7 +209,8 @@ def origin(result: Result) -> str:
 def _plain(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return str(value).removesuffix(":00+00:00").replace("T", " ") if str(value).endswith("+00:00") else str(value)
+    text = str(value)
+    return f"{text[:10]} {text[11:16]} UTC" if text.endswith("+00:00") else text
 
 
 def peers_section(result: Result) -> str:

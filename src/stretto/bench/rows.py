@@ -121,13 +121,12 @@ def _notes(cells: Sequence[Cell], most: int = 3) -> list[str]:
     for out in outputs:
         for kind, note in {re.sub(r"[\d.]+", "#", note): note for note in out.metrics.notes}.items():
             said.setdefault(kind, []).append(note)
-    frequent = sorted(said.values(), key=len, reverse=True)[:most]
-    return [
-        notes[0] if len(notes) == len(outputs) == 1 else f"{Counter(notes).most_common(1)[0][0]} "
-        f"({'all' if len(notes) == len(outputs) else len(notes)} of {len(outputs)} outputs"
-        f"{', with other figures' if len(set(notes)) > 1 else ''})"
-        for notes in frequent
-    ]
+    lines = []
+    for notes in sorted(said.values(), key=len, reverse=True)[:most]:
+        often = "all" if len(notes) == len(outputs) else len(notes)
+        such = ", for example" if len(set(notes)) > 1 else ""
+        lines.append(f"in {often} of {len(outputs)} outputs{such}: {Counter(notes).most_common(1)[0][0]}")
+    return lines
 
 
 def sample_records(cells: Sequence[Cell], most: int = 6) -> list[dict[str, Any]]:

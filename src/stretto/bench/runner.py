@@ -22,7 +22,7 @@ Progress = Callable[[float, str], None]  # (share done from 0 to 1, what is goin
 
 SECONDS = {False: 170.0, True: 22.0}  # budget of the timed part, by ``quick``
 ROUNDS = {False: 5, True: 3}
-SAMPLES = {False: (5, 20), True: (3, 6)}  # fewest and most prompts per task when ``samples`` is not given
+SAMPLES = {False: (5, 32), True: (3, 6)}  # fewest and most prompts per task when ``samples`` is not given
 WARM_SEED = 104_729  # prompts of the warm-up are never measured
 
 

@@ -116,7 +116,7 @@ def _against(result: Mapping[str, Any]) -> str:
 
 
 def _asides(result: Mapping[str, Any]) -> list[str]:
-    notes = [f"{title(result, r)}: {n}" for r in result["totals"] for n in r["notes"]]
+    notes = [f"{title(result, r)} {n}" for r in result["totals"] for n in r["notes"]]
     skipped = [f"{s['method']} on {s['model']} was left out: {s['reason']}" for s in result["skipped"]]
     absent = [f"{a['peer']} ({a['what']}): {a['reason']}" for a in result.get("peers", {}).get("absent", ())]
     where = [f"Report: {result['html']}"] if result.get("html") else []
