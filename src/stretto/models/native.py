@@ -51,7 +51,7 @@ def _struct(name: str, **fields: str) -> type[ctypes.Structure]:
 
 
 _Mat = _struct("_Mat", p="w bias", i="n k bf16 gated")
-_Team = _struct("_Team", p="parallel size", i="threads")
+_Team = _struct("_Team", p="parallel", i="threads")
 _TYPES = {"mat": _Mat, "team": _Team}
 _Layer = _struct(
     "_Layer", mat="qkv o gate_up down router", p="expert_gate_up expert_down norm1 norm2 q_norm k_norm",
@@ -169,23 +169,22 @@ def _rows_are_invariant(lib: ctypes.CDLL) -> bool:
 
 
 @lru_cache(maxsize=1)
-def _openmp() -> tuple[int | None, int | None]:
-    """Addresses of GOMP_parallel and omp_get_num_threads in the runtime that torch has loaded.
+def _openmp() -> int | None:
+    """The address of GOMP_parallel in the runtime that torch has loaded.
 
     Its pool of threads is used, not a second one: two pools that wait by spinning would fight for the cores.
     """
     suffix = "dylib" if sys.platform == "darwin" else "so"
     try:
         torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"))
-        found = (torch_cpu.GOMP_parallel, torch_cpu.omp_get_num_threads)
+        return ctypes.cast(torch_cpu.GOMP_parallel, ctypes.c_void_p).value
     except (OSError, AttributeError):
-        return None, None
-    return tuple(ctypes.cast(f, ctypes.c_void_p).value for f in found)
+        return None
 
 
-def _team(threads: int | None) -> Any:
-    parallel, size = _openmp()
-    return _Team(parallel, size, (threads or torch.get_num_threads()) if parallel else 1)
+def _team(threads: int | None) -> _Team:
+    parallel = _openmp()
+    return _Team(parallel, (threads or torch.get_num_threads()) if parallel else 1)
 
 
 # ---- weights ----

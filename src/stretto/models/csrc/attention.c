@@ -258,12 +258,14 @@ static void item(
 void attention(Run *r, int phase, int layer, const float *qkv, float *out, void *scratch, int64_t keys) {
     const Model *m = r->m;
     const Batch *b = r->b;
-    int64_t rows = b->n * m->G / (4 * r->threads); /* about four items a thread */
+    int64_t rows = b->n * m->G / (4 * r->team->threads); /* about four items a thread */
     rows = rows < 1 ? 1 : rows > ROWS ? ROWS : rows;
-    const int64_t blocks = (b->n + rows - 1) / rows;
-    for (int64_t i; (i = claim(r, phase)) < blocks * m->G;) {
+    const int64_t blocks = (b->n + rows - 1) / rows, items = blocks * m->G;
+    int mine = 0;
+    for (int64_t i; (i = claim(r, phase)) < items; mine++) {
         const int64_t row0 = i % blocks * rows;
         const int count = (int)(b->n - row0 < rows ? b->n - row0 : rows), g = (int)(i / blocks);
         item(m, b, layer, g, row0, count, qkv, out, scratch, keys);
     }
+    finish_phase(r, phase, mine, items);
 }

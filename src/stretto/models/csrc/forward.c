@@ -1,4 +1,4 @@
-/* The forward: one parallel region, phases with a barrier between. Each phase's items go to whichever thread is free. */
+/* The forward: one parallel region, in phases whose items go to whichever thread is free. */
 #include "native.h"
 #if defined(__x86_64__) || defined(__i386__)
 #define PAUSE() __builtin_ia32_pause()
@@ -13,15 +13,10 @@
 #define PHASES 12     /* counters of a layer, at most */
 #define ALIGN(x) (((size_t)(x) + 63) / 64 * 64)
 
-void barrier(Run *r) {
-    if (r->threads == 1) return;
-    int32_t now = __atomic_load_n(&r->generation, __ATOMIC_RELAXED);
-    if (__atomic_add_fetch(&r->arrived, 1, __ATOMIC_ACQ_REL) == r->threads) {
-        __atomic_store_n(&r->arrived, 0, __ATOMIC_RELAXED);
-        __atomic_store_n(&r->generation, now + 1, __ATOMIC_RELEASE);
-        return;
-    }
-    for (int i = 0; __atomic_load_n(&r->generation, __ATOMIC_ACQUIRE) == now; i++) {
+void finish_phase(Run *r, int phase, int mine, int64_t items) {
+    Counter *c = &r->counters[phase];
+    if (mine) __atomic_fetch_add(&c->done, mine, __ATOMIC_RELEASE);
+    for (int i = 0; __atomic_load_n(&c->done, __ATOMIC_ACQUIRE) < items; i++) {
         if (i < SPINS) PAUSE();
         else sched_yield();
     }
@@ -29,17 +24,13 @@ void barrier(Run *r) {
 
 static void enter(void *p) {
     Run *r = p;
-    /* The runtime may give fewer threads than asked; all see the same number. */
-    int size = r->team->size();
-    __atomic_store_n(&r->threads, size, __ATOMIC_RELAXED);
     r->body(r, __atomic_fetch_add(&r->ticket, 1, __ATOMIC_RELAXED));
 }
 
 void run_team(Run *r) {
-    r->ticket = r->arrived = r->generation = 0;
-    r->threads = 1;
+    r->ticket = 0;
     if (r->team->threads > 1 && r->team->parallel) r->team->parallel(enter, r, r->team->threads, 0);
-    else r->body(r, 0);
+    else enter(r);
 }
 
 /* ---- pieces of a layer ---- */
@@ -79,7 +70,8 @@ static void embed(Run *r, int phase) {
     const Batch *b = r->b;
     const int H = m->H;
     Work *w = r->work;
-    for (int64_t i; (i = claim(r, phase)) < b->n;) {
+    int mine = 0;
+    for (int64_t i; (i = claim(r, phase)) < b->n; mine++) {
         float *x = w->x + i * H;
         const int64_t e = given(b, i);
         if (e >= 0) memcpy(x, b->embeds + e * H, H * sizeof *x);
@@ -87,16 +79,19 @@ static void embed(Run *r, int phase) {
             for (int j = 0; j < H; j++) x[j] = bf16_to_float(((const uint16_t *)m->embed)[b->tokens[i] * H + j]);
         else memcpy(x, (const float *)m->embed + b->tokens[i] * H, H * sizeof *x);
     }
+    finish_phase(r, phase, mine, b->n);
 }
 
 /* h = norm(x), and x to the tap, if there is one */
 static void norm_rows(Run *r, int phase, const float *weight, float *tap) {
     const int H = r->m->H;
     Work *w = r->work;
-    for (int64_t i; (i = claim(r, phase)) < r->b->n;) {
+    int mine = 0;
+    for (int64_t i; (i = claim(r, phase)) < r->b->n; mine++) {
         if (tap) memcpy(tap + i * H, w->x + i * H, H * sizeof(float));
         rms_norm(w->x + i * H, weight, H, r->m->eps, w->h + i * H);
     }
+    finish_phase(r, phase, mine, r->b->n);
 }
 
 /* Rotate the two halves of one head; then times ``scale``. */
@@ -121,7 +116,8 @@ static void rope_rows(Run *r, int phase, int layer) {
     const Layer *l = &m->layers[layer];
     Work *w = r->work;
     const int D = m->D, A = m->A, G = m->G;
-    for (int64_t i; (i = claim(r, phase)) < b->n;) {
+    int mine = 0;
+    for (int64_t i; (i = claim(r, phase)) < b->n; mine++) {
         float *row = w->qkv + i * (A + 2 * G) * D;
         const float *cos = m->cos + (int64_t)b->positions[i] * (D / 2), *sin = m->sin + (int64_t)b->positions[i] * (D / 2);
         for (int h = 0; h < A + G; h++) {
@@ -133,13 +129,15 @@ static void rope_rows(Run *r, int phase, int layer) {
         put_kv(b->k_pool, at, row + A * D, G * D, b->kv_bf16);
         put_kv(b->v_pool, at, row + (A + G) * D, G * D, b->kv_bf16);
     }
+    finish_phase(r, phase, mine, b->n);
 }
 
 /* Softmax over the experts, the top_k of it (lowest number first among equals) */
 static void route_rows(Run *r, int phase, const Layer *l) {
     Work *w = r->work;
     const int E = l->experts, K = l->top_k, ld = w->scores_ld;
-    for (int64_t i; (i = claim(r, phase)) < r->b->n;) {
+    int mine = 0;
+    for (int64_t i; (i = claim(r, phase)) < r->b->n; mine++) {
         float *s = w->scores + i * ld, *weights = w->weights + i * K, top = s[0], total;
         vf sum = splat(0.0f);
         for (int e = 1; e < E; e++) top = s[e] > top ? s[e] : top;
@@ -161,10 +159,11 @@ static void route_rows(Run *r, int phase, const Layer *l) {
         if (l->renormalize)
             for (int j = 0; j < K; j++) weights[j] /= kept;
     }
+    finish_phase(r, phase, mine, r->b->n);
 }
 
-/* Rows sorted by expert: starts [E + 1], row_of [place], place [row * K + j]. One thread. */
-static void group(Run *r, const Layer *l) {
+/* Rows sorted by expert: starts [E + 1], row_of [place], place [row * K + j]. */
+static void group(const Run *r, const Layer *l) {
     Work *w = r->work;
     const int64_t pairs = r->b->n * l->top_k;
     memset(w->starts, 0, (l->experts + 1) * sizeof *w->starts);
@@ -183,9 +182,11 @@ static void group(Run *r, const Layer *l) {
 static void expert_products(Run *r, int phase, const Layer *l, int up) {
     Work *w = r->work;
     const Mat *mats = up ? l->expert_gate_up : l->expert_down;
-    const int all = panels(mats), chunk = chunk_panels(mats, 1, 1), chunks = (all + chunk - 1) / chunk;
+    const int all = panels(mats), chunk = chunk_panels(mats, 1), chunks = (all + chunk - 1) / chunk;
     const int H = r->m->H;
-    for (int64_t i; (i = claim(r, phase)) < (int64_t)chunks * l->experts;) {
+    const int64_t items = (int64_t)chunks * l->experts;
+    int mine = 0;
+    for (int64_t i; (i = claim(r, phase)) < items; mine++) {
         const int e = (int)(i / chunks), first = (int)(i % chunks) * chunk;
         const int64_t at = w->starts[e], n = w->starts[e + 1] - at;
         if (!n) continue;
@@ -193,18 +194,21 @@ static void expert_products(Run *r, int phase, const Layer *l, int up) {
         if (!up) p = (Product){&mats[e], w->act + at * w->act_ld, NULL, w->y + at * H, n, w->act_ld, H, STORE};
         product_part(&p, first, first + chunk < all ? first + chunk : all);
     }
+    finish_phase(r, phase, mine, items);
 }
 
 static void combine_rows(Run *r, int phase, const Layer *l) {
     Work *w = r->work;
     const int H = r->m->H, K = l->top_k;
-    for (int64_t i; (i = claim(r, phase)) < r->b->n;) {
+    int mine = 0;
+    for (int64_t i; (i = claim(r, phase)) < r->b->n; mine++) {
         for (int j = 0; j < H; j++) {
             float sum = 0;
             for (int k = 0; k < K; k++) sum += w->weights[i * K + k] * w->y[(int64_t)w->place[i * K + k] * H + j];
             w->x[i * H + j] += sum;
         }
     }
+    finish_phase(r, phase, mine, r->b->n);
 }
 
 static void mlp(Run *r, int *phase, const Layer *l) {
@@ -214,18 +218,19 @@ static void mlp(Run *r, int *phase, const Layer *l) {
     if (!l->experts) {
         Product up = {&l->gate_up, w->h, NULL, w->act, n, H, w->act_ld, STORE};
         Product down = {&l->down, w->act, NULL, w->x, n, w->act_ld, H, ADD};
-        product(r, (*phase)++, &up), barrier(r);
-        product(r, (*phase)++, &down), barrier(r);
+        product(r, (*phase)++, &up);
+        product(r, (*phase)++, &down);
         return;
     }
     Product router = {&l->router, w->h, NULL, w->scores, n, H, w->scores_ld, STORE};
-    product(r, (*phase)++, &router), barrier(r);
-    route_rows(r, (*phase)++, l), barrier(r);
-    if (claim(r, (*phase)++) == 0) group(r, l);
-    barrier(r);
-    expert_products(r, (*phase)++, l, 1), barrier(r);
-    expert_products(r, (*phase)++, l, 0), barrier(r);
-    combine_rows(r, (*phase)++, l), barrier(r);
+    product(r, (*phase)++, &router);
+    route_rows(r, (*phase)++, l);
+    const int mine = claim(r, *phase) == 0;
+    if (mine) group(r, l);
+    finish_phase(r, (*phase)++, mine, 1);
+    expert_products(r, (*phase)++, l, 1);
+    expert_products(r, (*phase)++, l, 0);
+    combine_rows(r, (*phase)++, l);
 }
 
 static void body(Run *r, int thread) {
@@ -234,21 +239,21 @@ static void body(Run *r, int thread) {
     Work *w = r->work;
     const int H = m->H, width = (m->A + 2 * m->G) * m->D;
     int phase = 0;
-    embed(r, phase++), barrier(r);
+    embed(r, phase++);
     for (int i = 0; i < m->layers_n; i++) {
         const Layer *l = &m->layers[i];
         Product qkv = {&l->qkv, w->h, NULL, w->qkv, b->n, H, width, STORE};
         Product o = {&l->o, w->att, NULL, w->x, b->n, m->A * m->D, H, ADD};
-        norm_rows(r, phase++, l->norm1, b->taps[i]), barrier(r);
-        product(r, phase++, &qkv), barrier(r);
-        rope_rows(r, phase++, i), barrier(r);
-        attention(r, phase++, i, w->qkv, w->att, w->attention + thread * w->attention_each, w->keys), barrier(r);
-        product(r, phase++, &o), barrier(r);
-        norm_rows(r, phase++, l->norm2, NULL), barrier(r);
+        norm_rows(r, phase++, l->norm1, b->taps[i]);
+        product(r, phase++, &qkv);
+        rope_rows(r, phase++, i);
+        attention(r, phase++, i, w->qkv, w->att, w->attention + thread * w->attention_each, w->keys);
+        product(r, phase++, &o);
+        norm_rows(r, phase++, l->norm2, NULL);
         mlp(r, &phase, l);
     }
     if (!b->k && !b->taps[m->layers_n] && !b->taps[m->layers_n + 1]) return;
-    norm_rows(r, phase++, m->norm, b->taps[m->layers_n]), barrier(r);
+    norm_rows(r, phase++, m->norm, b->taps[m->layers_n]);
     if (b->taps[m->layers_n + 1] && thread == 0) memcpy(b->taps[m->layers_n + 1], w->h, b->n * H * sizeof(float));
     Product head = {&m->head, w->h, b->logit_rows, b->logits, b->k, H, m->V, STORE};
     product(r, phase++, &head);

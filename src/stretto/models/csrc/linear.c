@@ -127,14 +127,15 @@ void product_part(const Product *p, int first, int last) {
 }
 
 /* Panels handed out at once: about a dozen items a thread, of two panels at least (one row reads two at a time). */
-int chunk_panels(const Mat *m, int64_t n, int threads) {
+int chunk_panels(const Mat *m, int threads) {
     int c = panels(m) / (12 * threads);
-    (void)n;
     return c < 2 ? 2 : c & ~1;
 }
 
 void product(Run *r, int phase, const Product *p) {
-    const int all = panels(p->m), chunk = chunk_panels(p->m, p->n, r->threads);
-    for (int first; (first = claim(r, phase) * chunk) < all;)
-        product_part(p, first, first + chunk < all ? first + chunk : all);
+    const int all = panels(p->m), chunk = chunk_panels(p->m, r->team->threads), items = (all + chunk - 1) / chunk;
+    int mine = 0;
+    for (int i; (i = claim(r, phase)) < items; mine++)
+        product_part(p, i * chunk, (i + 1) * chunk < all ? (i + 1) * chunk : all);
+    finish_phase(r, phase, mine, items);
 }

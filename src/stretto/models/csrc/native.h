@@ -64,7 +64,6 @@ typedef struct {
 
 typedef struct {
     void (*parallel)(void (*)(void *), void *, unsigned, unsigned); /* GOMP_parallel, or NULL */
-    int (*size)(void); /* omp_get_num_threads */
     int32_t threads;
 } Team;
 
@@ -149,22 +148,19 @@ INLINE float sum_lanes(vf v) {
     return a[0];
 }
 
-/* ---- threads: one parallel region a forward; phases hand out items and end in a barrier ---- */
+/* ---- threads: one parallel region a forward, of phases; a phase is over when all of its items are done ---- */
 
+/* A thread takes items as long as there are any, then waits for those that others still work on. Who does not come
+   (on a busy machine a thread may not run for a while) is not waited for: it finds its phases done. */
 typedef struct {
-    int32_t next;
-    char pad[60]; /* a cache line each */
+    int32_t next, done;
+    char pad[56]; /* a cache line each */
 } Counter;
 
 typedef struct Run {
     void (*body)(struct Run *, int); /* called by every thread with its number */
     Team *team;
-    int32_t threads, ticket; /* threads: as many as came */
-    char pad0[64];
-    int32_t arrived;
-    char pad1[64];
-    int32_t generation;
-    char pad2[64];
+    int32_t ticket;
     Counter *counters; /* one a phase, zero at the start */
     const Model *m;
     const Batch *b;
@@ -174,7 +170,7 @@ typedef struct Run {
 /* The next item of phase p, from 0 upwards. */
 INLINE int claim(Run *r, int p) { return __atomic_fetch_add(&r->counters[p].next, 1, __ATOMIC_RELAXED); }
 
-void barrier(Run *r);
+void finish_phase(Run *r, int phase, int mine, int64_t items);
 void run_team(Run *r);
 
 /* ---- linear.c ---- */
@@ -192,9 +188,9 @@ typedef struct {
 } Product;
 
 int panels(const Mat *m);
-int chunk_panels(const Mat *m, int64_t n, int threads);
+int chunk_panels(const Mat *m, int threads);
 void product_part(const Product *p, int first, int last); /* panels first..last-1 */
-void product(Run *r, int phase, const Product *p); /* shared by all threads, no barrier */
+void product(Run *r, int phase, const Product *p);
 
 /* ---- attention.c ---- */
 
