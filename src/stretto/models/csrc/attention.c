@@ -213,7 +213,7 @@ static void item(
     const Model *m, const Batch *b, int layer, int g, int64_t row0, int rows, const float *qkv, float *out,
     char *scratch, int64_t keys) {
     const int D = m->D, R = m->A / m->G, es = b->kv_bf16 ? 2 : 4;
-    const int64_t base = ((int64_t)layer * b->slots_n * m->G + g) * D * es, pitch = (int64_t)m->G * D * es;
+    const int64_t base = ((int64_t)layer * b->S * m->G + g) * D * es, pitch = (int64_t)m->G * D * es;
     Query *queries = (Query *)scratch, **chosen = (Query **)(queries + ROWS * R);
     float *outs = (float *)(scratch + query_bytes(m));
     int32_t *kept = (int32_t *)(scratch + query_bytes(m) + out_bytes(m));

@@ -125,7 +125,7 @@ static void rope_rows(Run *r, int phase, int layer) {
             if (weight) rms_norm(row + h * D, weight, D, m->eps, row + h * D);
             rotate(row + h * D, cos, sin, D / 2, h < A ? m->scale : 1.0f);
         }
-        const int64_t at = ((int64_t)layer * b->slots_n + b->slots[i]) * G * D;
+        const int64_t at = ((int64_t)layer * b->S + b->slots[i]) * G * D;
         put_kv(b->k_pool, at, row + A * D, G * D, b->kv_bf16);
         put_kv(b->v_pool, at, row + (A + G) * D, G * D, b->kv_bf16);
     }
@@ -261,25 +261,35 @@ static void body(Run *r, int thread) {
 
 /* ---- entry points ---- */
 
-/* 0, or what is wrong with the batch: 1 position beyond the angles, 2 token, 3 slot, 4 context, 5 local or logit row. */
-static int check(const Model *m, const Batch *b) {
-    const int64_t n = b->n;
-    for (int64_t i = 0; i < n; i++) {
-        if (b->positions[i] < 0 || b->positions[i] >= m->angles) return 1;
-        if ((b->tokens[i] < 0 || b->tokens[i] >= m->V) && given(b, i) < 0) return 2;
-        if (b->slots[i] < 0 || b->slots[i] >= b->slots_n) return 3;
-        if (b->context_of[i] < 0 || b->context_of[i] >= b->contexts || b->local_ptr[i] > b->local_ptr[i + 1]) return 4;
-    }
-    for (int64_t q = 0; q < b->contexts; q++)
-        if (b->context_ptr[q] > b->context_ptr[q + 1]) return 4;
+static int outside(const int32_t *x, int64_t n, int64_t limit) {
     int bad = 0;
-    for (int64_t j = b->context_ptr[0]; j < b->context_ptr[b->contexts]; j++)
-        bad |= b->context[j] < 0 || b->context[j] >= b->slots_n;
-    if (bad) return 4;
-    for (int64_t j = b->local_ptr[0]; j < b->local_ptr[n]; j++) bad |= b->local[j] < 0 || b->local[j] >= n;
-    for (int64_t j = 0; j < b->k; j++) bad |= b->logit_rows[j] < 0 || b->logit_rows[j] >= n;
-    for (int64_t j = 0; j < b->n_embeds; j++) bad |= b->embed_rows[j] < 0 || b->embed_rows[j] >= n;
-    return bad ? 5 : 0;
+    for (int64_t i = 0; i < n; i++) bad |= x[i] < 0 || x[i] >= limit;
+    return bad;
+}
+
+/* Are these the n + 1 borders of n parts of ``total`` things? */
+static int no_borders(const int32_t *x, int64_t n, int64_t total) {
+    int bad = x[0] != 0 || x[n] != total;
+    for (int64_t i = 0; i < n; i++) bad |= x[i] > x[i + 1];
+    return bad;
+}
+
+/* Sets the pointers to the integer arrays. 0, or what is wrong: 1 a position beyond the angles, 2 a token, 3 a slot,
+   4 a context, 5 a local, logit or embedding row. */
+static int open_batch(const Model *m, Batch *b) {
+    const int64_t n = b->n;
+    b->positions = b->ints, b->slots = b->positions + n, b->context_of = b->slots + n;
+    b->context_ptr = b->context_of + n, b->local_ptr = b->context_ptr + b->contexts + 1;
+    b->context = b->local_ptr + n + 1, b->local = b->context + b->n_context;
+    b->logit_rows = b->local + b->n_local, b->embed_rows = b->logit_rows + b->k;
+    if (outside(b->slots, n, b->S)) return 3;
+    if (outside(b->context_of, n, b->contexts) || outside(b->context, b->n_context, b->S) ||
+        no_borders(b->context_ptr, b->contexts, b->n_context)) return 4;
+    if (outside(b->local, b->n_local, n) || no_borders(b->local_ptr, n, b->n_local) ||
+        outside(b->logit_rows, b->k, n) || outside(b->embed_rows, b->n_embeds, n)) return 5;
+    for (int64_t i = 0; i < n; i++)
+        if ((b->tokens[i] < 0 || b->tokens[i] >= m->V) && given(b, i) < 0) return 2;
+    return outside(b->positions, n, m->angles);
 }
 
 /* Places of all buffers in one piece of memory; its size. */
@@ -331,10 +341,10 @@ void stretto_free(Model *m) {
 
 int stretto_lanes(void) { return VL; }
 
-/* 0, the code of check(), or -1: out of memory. */
+/* 0, the code of open_batch(), or -1: out of memory. */
 int stretto_forward(Model *m, Batch *b) {
     Work w;
-    int wrong = check(m, b);
+    const int wrong = open_batch(m, b);
     if (wrong || !b->n) return wrong;
     const size_t counters = ALIGN((m->layers_n * PHASES + 8) * sizeof(Counter)), bytes = layout(m, b, &w, 0);
     char *memory = scratch(m, counters + bytes);

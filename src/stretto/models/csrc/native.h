@@ -80,16 +80,16 @@ typedef struct {
     size_t scratch_bytes;
 } Model;
 
-typedef struct {
-    int64_t n, contexts, k, n_embeds, slots_n; /* slots_n = S */
+typedef struct { /* FlatBatch of batch.py, and where its results go */
+    int64_t n, contexts, n_context, n_local, k, n_embeds, S, kv_bf16;
     const int64_t *tokens;
-    const int32_t *positions, *slots, *context_of, *context, *context_ptr, *local, *local_ptr, *logit_rows, *embed_rows;
+    const int32_t *ints; /* the integer arrays below, one behind the other, in this order */
     const float *embeds;
     void *k_pool, *v_pool; /* [layers, S, G, D] */
     int32_t *pool_positions; /* [S] */
     float *logits; /* [k, V] */
     float *const *taps; /* [layers + 2] of [n, H] or NULL; the last is the final-normed state */
-    int32_t kv_bf16;
+    const int32_t *positions, *slots, *context_of, *context_ptr, *local_ptr, *context, *local, *logit_rows, *embed_rows;
 } Batch;
 
 /* ---- vectors ---- */
