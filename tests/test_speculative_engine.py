@@ -385,7 +385,7 @@ def test_a_useless_draft_is_switched_off_and_says_why(net):
     got, second, _ = planned(net, model(seed=1), 0.3, "draft", {"model": "x"}, texts, params)
     assert [tokens(s) for s in got] == reference(net, texts, params)
     for s in got:
-        assert any(n.startswith("speculation off: 1.") and "times the time of one" in n for n in s.seq.metrics.notes)
+        assert any(n.startswith("speculation off at output token ") and ": 1." in n and "times the time of one" in n for n in s.seq.metrics.notes)
         assert s.seq.metrics.forwards > 180
     assert second.ran < 40, "a few steps to learn it, and rare probes"
 

@@ -13,7 +13,7 @@ token. Greedy decoding is the same by both.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence as Seq
+from bisect import bisect
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,8 +23,8 @@ from torch import Tensor
 from stretto.decoding.ar import require_causal
 from stretto.decoding.drafting import DraftCache, DraftModel, Growth
 from stretto.decoding.options import option
-from stretto.decoding.planner import Pace, Planner, allot, room
-from stretto.decoding.tree import Shape, best_first
+from stretto.decoding.planner import INHERITED, Pace, Planner, Rates, allot, room
+from stretto.decoding.tree import Shape, best_first, chain
 from stretto.decoding.verify import (
     DRAFT,
     accept_chain,
@@ -42,6 +42,8 @@ __all__ = ["Draft", "Options"]
 
 REPLAN = 16  # steps between two looks at the shape of a tree
 PRIOR = (0.75, 0.12, 0.05, 0.03)  # acceptance of a right node's children by rank; then 0.02
+SURE = (0.3, 0.5, 0.7, 0.85, 0.95, 0.99)  # classes of the draft's own largest probability
+TRUST = (0.3, 0.45, 0.6, 0.75, 0.85, 0.95, 0.98)  # prior acceptance of each
 NOTHING = Shape((), (), (), ())
 
 
@@ -92,6 +94,7 @@ class Draft:
         self.planner = Planner(host, ranks * self._depth, draft=runner)
         self.model = DraftModel(runner, self.planner.draft)
         self._cap, self._age = self._depth, 0
+        self._trust = Rates(TRUST, [4.0] * len(TRUST), 512)
 
     def admit(self, seq: Sequence) -> None:
         require_causal(self._host, self.name)
@@ -101,8 +104,7 @@ class Draft:
         return len(seq.tokens) - 1
 
     def propose(self, seqs: list[Sequence]) -> list[Step]:
-        start = self.planner.begin()
-        self.model.seconds = 0.0
+        start, drafting = self.planner.begin(), 0.0
         for seq in seqs:
             seq.state.growth = None
             self.model.forget(seq.state.cache, len(seq.tokens) - 1)
@@ -112,12 +114,12 @@ class Draft:
                 seqs, [s.state.pace for s in seqs], [s.gain for s in shapes],
                 depths=[s.depth for s in shapes], entry=self._entries(seqs, shapes),
             )
-            self._draft([item for item in zip(seqs, shapes, counts, strict=True) if item[2]])
+            drafting = self._draft([i for i in zip(seqs, shapes, counts, strict=True) if i[2]])
         steps = [
             Step([s.tokens[-1]]) if s.state.growth is None else s.state.growth.tree.step(s)
             for s in seqs
         ]
-        self.planner.pause(start, self.model.seconds)
+        self.planner.pause(start, drafting)
         return steps
 
     def commit(
@@ -139,15 +141,20 @@ class Draft:
         state, growth = seq.state, seq.state.growth
         if growth is None:
             return accept_chain(seq, step.tokens, outcome)
-        tree, chain = growth.tree, self._options.topk == 1
+        tree, single = growth.tree, self._options.topk == 1
         if growth.laws:
             commit = accept_rejection(seq, tree.tokens, tree.parent, growth.laws, outcome)
-        elif chain:
+        elif single:
             commit = accept_chain(seq, tree.tokens, outcome)
         else:
             commit = accept_tree(seq, tree.tokens, tree.parent, outcome)
-        self.planner.judged_tree(state.pace, growth.keys, tree.parent, commit.keep)
-        right = len(seq.tokens) + (commit.accepted if chain else 0)
+        if single:
+            beyond = range(commit.drafted, self._depth)
+            self._trust.learn_chain(growth.trust, commit.accepted)
+            self.planner.judged(state.pace, growth.keys, commit.accepted, beyond)
+        else:
+            self.planner.judged_tree(state.pace, growth.keys, tree.parent, commit.keep, self._rest(growth))
+        right = len(seq.tokens) + (commit.accepted if single else 0)
         self.model.keep(state.cache, right, commit.keep)
         state.growth = None
         return commit
@@ -162,26 +169,28 @@ class Draft:
         if len(seq.tokens) + self._depth > positions:
             seq.metrics.note(f"drafting stopped: the draft's context is {positions} tokens")
             return NOTHING
-        rates = state.pace.rates.rate
         if options.topk == 1:
-            return best_first([[r] for r in rates], limit)
+            return chain(state.pace.rates.gains(range(limit)))
         if self._age % REPLAN == 0 and self.planner.active:
             self._cap = self._best_depth(batch, len(seq.tokens))
         self._age += 1
         if state.age % REPLAN == 0:
-            state.shape = best_first(self._acc(rates), options.num_draft_tokens, self._cap)
+            state.shape = best_first(self._acc(state.pace.rates), options.num_draft_tokens, self._cap)
         state.age += 1
         s = state.shape
         return Shape(s.parent[:limit], s.rank[:limit], s.depth[:limit], s.gain[:limit])
 
-    def _acc(self, rates: Seq[float]) -> list[list[float]]:
-        """acc[d][r] from the rates, falling with the rank."""
-        rows = np.asarray(rates).reshape(self._depth, self._options.topk)
-        return np.minimum.accumulate(rows, axis=1).tolist()
+    def _acc(self, rates: Rates) -> list[list[float]]:
+        """acc[d][r] from the rates, falling with the rank; levels with few trials are like the one above."""
+        shape = (self._depth, self._options.topk)
+        out, n = np.reshape(rates.rate, shape), np.reshape(rates.trials, shape)
+        for d in range(1, self._depth):
+            out[d] = (n[d] * out[d] + INHERITED * out[d - 1]) / (n[d] + INHERITED)
+        return np.minimum.accumulate(out, axis=1).tolist()
 
     def _best_depth(self, batch: int, context: int) -> int:
         """How many levels are worth their forwards, by the rates of all sequences."""
-        acc, best, cap = self._acc(self.planner.shared.rate), 0.0, 1
+        acc, best, cap = self._acc(self.planner.shared), 0.0, 1
         nodes, draft = self._options.num_draft_tokens, self.planner.draft
         target = self.planner.target.table(context, batch * (1 + nodes))
         levels = [draft.scale * t for t in draft.table(context, batch * nodes)]
@@ -207,9 +216,14 @@ class Draft:
                 out.append(draft.scale * (table[unread] - table[2]))
         return out
 
-    def _draft(self, wanted: list[tuple[Sequence, Shape, int]]) -> None:
-        """Grow the drafts level by level, those of all sequences in one forward a level."""
-        model, chain = self.model, self._options.topk == 1
+    def _rest(self, growth: Growth) -> range:
+        """Keys of the levels that the tree did not reach."""
+        return range(growth.tree.depth[-1] * self._options.topk, self._depth * self._options.topk)
+
+    def _draft(self, wanted: list[tuple[Sequence, Shape, int]]) -> float:
+        """Grow the drafts level by level, one forward a level for all sequences; its seconds."""
+        start, model, single = time.perf_counter(), self.model, self._options.topk == 1
+        model.expected = 0.0
         fits = model.fit([(seq, seq.state.cache, n) for seq, _, n in wanted])
         level = []
         for seq, shape, count in wanted[:fits]:
@@ -217,17 +231,32 @@ class Draft:
             model.read(seq, seq.state.cache)
             level.append((seq.state.growth, 0))
         while level:
-            rows = [model.rows(g, node, g.seq.state.cache, chain) for g, node in level]
+            rows = [model.rows(g, node, g.seq.state.cache, single) for g, node in level]
             logits = model.forward(rows)
             best = torch.argmax(logits, -1).tolist()
+            sure = torch.softmax(logits, -1).amax(-1).tolist() if single else ()
+            least = self.planner.level / len(level) + self.planner.row
             below = []
             for i, (growth, node) in enumerate(level):
-                if chain or node == 0:
+                if single or node == 0:
                     growth.seq.state.cache.view.append(rows[i].slots)
                 tokens = self._choose(growth, node, logits[i], best[i])
                 children = growth.add(node, tokens, self._options.topk)
+                if single and self._doubtful(growth, sure[i], least):
+                    continue
                 below += [(growth, child) for child in children]
             level = below
+        seconds = time.perf_counter() - start
+        if model.expected:
+            model.costs.observe(seconds, model.expected)
+        return seconds
+
+    def _doubtful(self, growth: Growth, sure: float, least: float) -> bool:
+        """Whether the draft is too unsure of its last token for another level. The token itself stays: to drop
+        it for its value would bend the law."""
+        growth.trust.append(bisect(SURE, sure))
+        growth.gain *= self._trust.rate[growth.trust[-1]]
+        return self.planner.active and growth.gain * self._trust.rate[growth.trust[-1]] < least
 
     def _choose(self, growth: Growth, node: int, logits: Tensor, best: int) -> list[int]:
         """The children of ``node``, in the order in which they are tried."""

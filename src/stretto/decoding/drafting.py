@@ -6,10 +6,11 @@ appended behind them for a chain, and hang beside them in slots of their own for
 
 from __future__ import annotations
 
-import time
 from collections import OrderedDict
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import accumulate
 
 import numpy as np
 from torch import Tensor
@@ -55,6 +56,8 @@ class Growth:
         self.seq, self.count, self.tree = seq, count, Tree.rooted(seq.tokens[-1])
         self.keys: list[int] = []
         self.laws: dict[int, np.ndarray] = {}
+        self.trust: list[int] = []  # of a chain: classes of the draft's confidence
+        self.gain = 1.0  # of a chain: its path product by confidence
         self._place = [0]  # tree node -> node of the shape
         self._below: dict[int, list[tuple[int, int]]] = {}  # node of the shape -> (child, rank)s
         for i in range(count):
@@ -80,19 +83,15 @@ class DraftModel:
 
     def __init__(self, runner: Runner, costs: Costs | None):
         self.runner, self.costs = runner, costs
-        self.seconds = 0.0  # spent in forwards; the caller resets it
+        self.expected = 0.0  # seconds of its forwards by the curve; the caller resets it
         self._live: OrderedDict[Sequence, DraftCache] = OrderedDict()  # least recently used first
 
     def forward(self, rows: list[Rows]) -> Tensor:
         """float32 [len(rows), V]: the logits of the last row of each item."""
-        start = time.perf_counter()
         batch = flat(rows)
-        logits = self.runner.forward(batch).logits
-        seconds = time.perf_counter() - start
-        self.seconds += seconds
-        if self.costs is not None and batch.n < CHUNK // 2:
-            self.costs.observe(seconds, self.costs.table(rows[0].position, batch.n)[batch.n])
-        return logits
+        if self.costs is not None:
+            self.expected += self.costs.table(rows[0].position, batch.n)[batch.n]
+        return self.runner.forward(batch).logits
 
     def read(self, seq: Sequence, cache: DraftCache) -> None:
         """Read a long unread text in chunks; a few tokens wait for the first level."""
@@ -162,28 +161,35 @@ class DraftModel:
 
 def flat(rows: list[Rows]) -> FlatBatch:
     """One FlatBatch; the rows of an item are causal, and each item has a context of its own."""
-    items = len(rows)
-    ptr = np.arange(items + 1, dtype=np.int32)
-    context = rows[0].context if items == 1 else np.concatenate([r.context for r in rows])
-    context_ptr = np.zeros(items + 1, np.int32)
-    np.cumsum([len(r.context) for r in rows], out=context_ptr[1:])
-    slots = rows[0].slots if items == 1 else np.concatenate([r.slots for r in rows])
-    tokens = [t for r in rows for t in r.tokens]
+    items, tokens = len(rows), [t for r in rows for t in r.tokens]
+    ids, numbers, ptr = np.array(tokens, np.int64), _numbers(items), _numbers(items + 1)
+    if items == 1:
+        context, slots = rows[0].context, rows[0].slots
+    else:
+        context = np.concatenate([r.context for r in rows])
+        slots = np.concatenate([r.slots for r in rows])
+    lengths = accumulate([len(r.context) for r in rows], initial=0)
+    context_ptr = np.array(list(lengths), np.int32)
     if len(tokens) == items:
-        positions = np.array([r.position for r in rows], np.int32)
-        return FlatBatch(
-            np.array(tokens, np.int64), positions, slots, ptr[:-1], context, context_ptr, ptr[:-1],
-            ptr, ptr[:-1],
-        )
+        at = np.array([r.position for r in rows], np.int32)
+        return FlatBatch(ids, at, slots, numbers, context, context_ptr, numbers, ptr, numbers)
     sizes = [len(r.tokens) for r in rows]
-    ends = np.cumsum(sizes, dtype=np.int32)
-    local = [e - n + np.tril_indices(n)[1] for e, n in zip(ends, sizes, strict=True)]
-    counts = np.concatenate([np.arange(1, n + 1) for n in sizes])
-    local_ptr = np.zeros(len(tokens) + 1, np.int32)
-    np.cumsum(counts, out=local_ptr[1:])
-    positions = [np.arange(r.position, r.position + len(r.tokens)) for r in rows]
+    starts = [0, *accumulate(sizes)]
+    local = np.concatenate([s + _triangle(n) for s, n in zip(starts, sizes, strict=False)])
+    counts = accumulate([i for n in sizes for i in range(1, n + 1)], initial=0)
+    at = np.array([r.position + i for r in rows for i in range(len(r.tokens))], np.int32)
     return FlatBatch(
-        np.array(tokens, np.int64), np.concatenate(positions).astype(np.int32), slots,
-        np.repeat(ptr[:-1], sizes), context, context_ptr, np.concatenate(local).astype(np.int32),
-        local_ptr, ends - 1,
+        ids, at, slots, np.repeat(numbers, sizes), context, context_ptr, local,
+        np.array(list(counts), np.int32), np.array(starts[1:], np.int32) - 1,
     )
+
+
+@lru_cache(maxsize=64)
+def _triangle(n: int) -> np.ndarray:
+    """int32: 0, 0 1, 0 1 2, ...: what each of n causal rows sees."""
+    return np.tril_indices(n)[1].astype(np.int32)
+
+
+@lru_cache(maxsize=256)
+def _numbers(n: int) -> np.ndarray:
+    return np.arange(n, dtype=np.int32)

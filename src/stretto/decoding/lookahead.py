@@ -91,7 +91,7 @@ class Lookahead:
     ) -> list[Commit]:
         start = time.perf_counter()
         commits = [self._commit(*item) for item in zip(seqs, steps, outcomes, strict=True)]
-        self.planner.end(start, len(seqs), any(s.extra for s in steps))
+        self.planner.end(start, len(seqs), sum(map(len, steps)) - len(seqs))
         return commits
 
     def release(self, seq: Sequence) -> None:

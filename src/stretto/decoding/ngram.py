@@ -7,11 +7,12 @@ sequence, prompt and output, and the tokens that followed their latest occurrenc
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from stretto.decoding.ar import require_causal
 from stretto.decoding.options import option
-from stretto.decoding.planner import Pace, Planner, room
+from stretto.decoding.planner import Pace, Planner, Rates, room
 from stretto.decoding.tree import Tree
 from stretto.decoding.verify import accept_chain, accept_tree
 from stretto.engine.host import Host
@@ -24,6 +25,7 @@ LONGEST = 16  # tokens of a match that are compared; longer ones count the same
 MATCH = [min(n.bit_length(), 5) for n in range(LONGEST + 1)]  # class of a match: 1, 2-3, 4-7, 8-15, 16 tokens
 DEPTH = [min((d + 1).bit_length(), 5) - 1 for d in range(64)]  # class of a depth: 1, 2-3, 4-7, 8-15, 16 and deeper
 KEYS = [[5 * (m - 1) + d for d in DEPTH] for m in range(1, 6)]  # [class of match - 1][depth from 0]
+NOTHING = ((), (), ())
 PRIOR = [p for m in (0.4, 0.6, 0.8, 0.9, 0.95) for p in (m, *[0.5 + m / 2] * 4)]
 
 
@@ -59,7 +61,7 @@ class Ngram:
             raise OptionError("ngram.min_ngram", options.min_ngram, f"at most max_ngram ({options.max_ngram})")
         self._host, self._options = host, options
         self._sizes = range(options.min_ngram, options.max_ngram + 1)
-        self.planner = Planner(host, PRIOR)
+        self.planner = Planner(host, PRIOR, steady=False)
 
     def admit(self, seq: Sequence) -> None:
         require_causal(self._host, self.name)
@@ -71,15 +73,18 @@ class Ngram:
     def propose(self, seqs: list[Sequence]) -> list[Step]:
         start = self.planner.begin()
         found = [self._look_up(seq, seq.state) for seq in seqs]
-        offers = [offer for offer, _, _ in found]
-        tag = found[0][2][0] if offers[0] else -1  # the first key names the class of the match
-        counts = self.planner.allot(seqs, [s.state.pace for s in seqs], offers, tag=tag)
+        counts = None
+        if any(f is not NOTHING for f in found):
+            offers, tag = [offer for offer, _, _ in found], tuple(found[0][2][:1])
+            counts = self.planner.allot(seqs, [s.state.pace for s in seqs], offers, tag=tag)
         steps = []
-        for seq, count, (_, chain, keys) in zip(seqs, counts, found, strict=True):
-            if isinstance(chain, Tree):
-                steps.append(chain.prefix(1 + count).step(seq, extra=keys[:count]))
+        for i, (_, drafts, keys) in enumerate(found):
+            count = counts[i] if counts is not None else 0
+            extra = (keys[:count], keys[count:])
+            if isinstance(drafts, Tree):
+                steps.append(drafts.prefix(1 + count).step(seqs[i], extra))
             else:
-                steps.append(Step([seq.tokens[-1], *chain[:count]], extra=keys[:count]))
+                steps.append(Step([seqs[i].tokens[-1], *drafts[:count]], extra=extra))
         self.planner.pause(start)
         return steps
 
@@ -89,13 +94,14 @@ class Ngram:
         start = time.perf_counter()
         commits, drafted = [], 0
         for seq, step, outcome in zip(seqs, steps, outcomes, strict=True):
-            drafted += len(step.extra)
+            (keys, beyond), pace = step.extra, seq.state.pace
+            drafted += len(keys)
             if isinstance(step.see, str):
                 commit = accept_chain(seq, step.tokens, outcome)
-                self.planner.judged(seq.state.pace, step.extra, commit.accepted)
+                self.planner.judged(pace, keys, commit.accepted, beyond)
             else:
                 commit = accept_tree(seq, step.tokens, step.see, outcome)
-                self.planner.judged_tree(seq.state.pace, step.extra, step.see, commit.keep)
+                self.planner.judged_tree(pace, keys, step.see, commit.keep, beyond)
             commits.append(commit)
         self.planner.end(start, len(seqs), drafted)
         return commits
@@ -106,8 +112,10 @@ class Ngram:
     def preemptible(self, seq: Sequence) -> bool:
         return True
 
-    def _look_up(self, seq: Sequence, state: _State) -> tuple[list[float], list[int] | Tree, list[int]]:
+    def _look_up(self, seq: Sequence, state: _State) -> tuple[Seq[float], Seq[int] | Tree, Seq[int]]:
         """(gains, drafts, keys): nothing when nothing matches."""
+        if self.planner.drowsy(state.pace):
+            return NOTHING
         tokens, index = seq.tokens, state.index
         self._extend(state, tokens)
         limit = min(self._options.num_draft_tokens, room(seq))
@@ -115,11 +123,11 @@ class Ngram:
             for n in reversed(self._sizes):
                 found = index.get(tuple(tokens[-n:]))
                 if found is not None:
-                    rates = state.pace.rates.rate
+                    rates = state.pace.rates
                     if len(found) == 1:
                         return _chain(tokens, found[0], n, limit, rates)
                     return _branches(tokens, found, n, limit, rates)
-        return [], [], []
+        return NOTHING
 
     def _extend(self, state: _State, tokens: list[int]) -> None:
         """Index every n-gram that something follows."""
@@ -149,18 +157,14 @@ def _copy(tokens: list[int], at: int, limit: int) -> list[int]:
 
 
 def _chain(
-    tokens: list[int], at: int, n: int, limit: int, rates: list[float]
+    tokens: list[int], at: int, n: int, limit: int, rates: Rates
 ) -> tuple[list[float], list[int], list[int]]:
     keys = KEYS[MATCH[_match(tokens, at, n)] - 1][:limit]
-    gains, gain = [], 1.0
-    for key in keys:
-        gain *= rates[key]
-        gains.append(gain)
-    return gains, _copy(tokens, at, limit), keys
+    return rates.gains(keys), _copy(tokens, at, limit), keys
 
 
 def _branches(
-    tokens: list[int], found: tuple[int, ...], n: int, limit: int, rates: list[float]
+    tokens: list[int], found: tuple[int, ...], n: int, limit: int, rates: Rates
 ) -> tuple[list[float], Tree, list[int]]:
     """Several occurrences as one tree, its nodes by falling gain; the latest occurrence wins ties."""
     nodes = []

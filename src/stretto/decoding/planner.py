@@ -9,21 +9,30 @@ of one per cent of the time allows is spent on probes that look whether drafting
 from __future__ import annotations
 
 import time
+from collections.abc import Hashable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from stretto.engine.host import Host
-from stretto.engine.runner import Runner
+from stretto.engine.runner import LatencyCurve, Runner
 from stretto.engine.types import Sequence
 from stretto.errors import CapacityError
 
 __all__ = ["Costs", "Pace", "Planner", "Rates", "allot", "room"]
 
-OWN_HORIZON, SHARED_HORIZON = 24, 256  # trials that the averages remember
-PRIOR_TRIALS = 6  # what the shared rates count for in a new sequence
+OWN_HORIZON, SHARED_HORIZON = 24, 96  # trials that the averages remember
+FIRST_TRIALS = 1  # what a method's prior counts for
+PRIOR_TRIALS = 4  # what the shared rates count for at most in a new sequence
+INHERITED = 3  # trials that the rate one depth up counts for
 PROBE_SHARE = 0.01  # of the time
 PROBE_GAP = 16  # steps of one sequence between two probes
+REPLAN = 4  # drafted steps between two decisions on the same offer
+SAMPLE = 8  # steps to one whose overhead is looked at
 NOTE_AFTER = 4  # declined steps in a row before the result says so
+FADING = 0.97  # trials of a depth that a step did not reach keep this share: what is long ago is tried again
+MARGIN = 1.03  # what drafting must promise at least, in tokens per second of plain decoding
 RETURN_MARGIN = 0.9  # hysteresis: gains of a sequence that is switched off count this much
 SMALL_FORWARD = 5e-3  # seconds; below it the context counts beside the weights
 
@@ -35,20 +44,21 @@ def room(seq: Sequence) -> int:
 
 def allot(
     offers: Seq[Seq[float]], target: Seq[float], *, fixed: float = 0.0, extra: Seq[float] | None = None,
-    width: int = 1, levels: Seq[float] | None = None, depths: Seq[Seq[int]] | None = None,
+    width: int = 1, levels: Seq[float] | None = None, depths: Seq[Seq[int]] | None = None, margin: float = 1.0,
 ) -> tuple[list[int], float]:
     """How many of its offered drafts each sequence gets, and the tokens per second expected then.
 
     ``offers[i]``: gains (path products) of the drafts of sequence i, falling; ``target[n]``: seconds of a forward of n
     rows; ``fixed``: seconds of every step; ``extra[i]``: seconds as soon as sequence i drafts; ``width``: rows of a
-    draft; ``levels[n]``: seconds of a draft model's forward of n rows, one forward per depth of ``depths[i][j]``.
+    draft; ``levels[n]``: seconds of a draft model's forward of n rows, one forward per depth of ``depths[i][j]``;
+    ``margin``: how many times the rate without drafts is asked for.
     """
     rows = len(offers)
     items = [(-gain, i, j) for i, gains in enumerate(offers) for j, gain in enumerate(gains)]
     if rows > 1:
         items.sort()
     total, cost, used, picked = float(rows), fixed, {}, 0
-    best = total / (cost + target[rows])
+    best = margin * total / (cost + target[rows])
     for k, (loss, i, j) in enumerate(items, 1):
         total -= loss
         rows += width
@@ -68,6 +78,28 @@ def allot(
     return counts, best
 
 
+class _Typical:
+    """A typical duration: quick to fall, slow to rise, 0 until FIRST values have been seen.
+
+    Outliers (another process had the core) and the cold start hardly move it."""
+
+    FIRST = 5
+    __slots__ = ("_first", "value")
+
+    def __init__(self) -> None:
+        self.value = 0.0
+        self._first: list[float] = []
+
+    def learn(self, seconds: float) -> None:
+        if len(self._first) < self.FIRST:
+            self._first.append(seconds)
+            if len(self._first) == self.FIRST:
+                self.value = min(self._first)
+            return
+        step = seconds - self.value
+        self.value += 0.3 * step if step < 0 else 0.05 * min(step, abs(self.value))
+
+
 class Costs:
     """Seconds of a forward by rows, for the context at hand: two measured curves, linear between them.
 
@@ -79,7 +111,7 @@ class Costs:
         self.one = near(1)
         self._near, self._far = near, runner.curve(1024) if self.one < SMALL_FORWARD else None
         self._tables: dict[int, list[float]] = {}
-        self.scale = 1.0
+        self.scale, self._ratio = 1.0, _Typical()
 
     def table(self, context: int, rows: int) -> list[float]:
         """seconds[n] for n = 0..rows at least."""
@@ -90,33 +122,64 @@ class Costs:
         return table
 
     def _build(self, context: float, rows: int) -> list[float]:
-        near = [self._near(n) for n in range(rows + 1)]
+        near = _seconds(self._near, rows)
         if self._far is None:
-            return near
+            return near.tolist()
         share = (context - 128) / (1024 - 128)
-        mixed = [a + share * (self._far(n) - a) for n, a in enumerate(near)]
-        out = [max(m, 0.5 * a) for m, a in zip(mixed, near, strict=True)]
-        for n in range(1, len(out)):
-            out[n] = max(out[n], out[n - 1])
-        return out
+        mixed = near + share * (_seconds(self._far, rows) - near)
+        return np.maximum.accumulate(np.maximum(mixed, 0.5 * near)).tolist()
 
     def observe(self, seconds: float, expected: float) -> None:
-        if expected > 0:
-            ratio = min(4.0, max(0.25, seconds / expected))
-            self.scale += 0.05 * (ratio - self.scale)
+        self._ratio.learn(seconds / expected)
+        self.scale = self._ratio.value or 1.0
+
+
+def _seconds(curve: LatencyCurve, rows: int) -> np.ndarray:
+    """float64 [rows + 1]: the curve at 0..rows."""
+    n = np.arange(rows + 1)
+    out = np.interp(n, curve.rows, curve.seconds)
+    last = int(curve.rows[-1])
+    if rows > last:
+        out[last:] = np.linspace(curve(last), curve(rows), rows - last + 1)
+    return out
 
 
 class Rates:
-    """P(a draft is right | its parent is right) by key; running averages that become exponential ones."""
+    """P(a draft is right | its parent is right) by key; running averages that become exponential ones.
+
+    ``trials``: how many trials each rate counts for now."""
 
     __slots__ = ("horizon", "rate", "trials")
 
-    def __init__(self, rate: Seq[float], trials: float, horizon: int):
-        self.rate, self.trials, self.horizon = list(rate), [trials] * len(rate), horizon
+    def __init__(self, rate: Seq[float], trials: Seq[float], horizon: int):
+        self.rate, self.trials, self.horizon = list(rate), list(trials), horizon
 
     def learn(self, key: int, hit: float) -> None:
         n = self.trials[key] = min(self.trials[key] + 1, self.horizon)
         self.rate[key] += (hit - self.rate[key]) / n
+
+    def gains(self, keys: Seq[int]) -> list[float]:
+        """Path products along a chain. A depth with few trials is taken to be like the one before it."""
+        out, gain, last = [], 1.0, 0.0
+        rate, trials = self.rate, self.trials
+        for key in keys:
+            n = trials[key]
+            last = (n * rate[key] + INHERITED * last) / (n + INHERITED) if out else rate[key]
+            gain *= last
+            out.append(gain)
+        return out
+
+    def fade(self, keys: Seq[int]) -> None:
+        for key in keys:
+            self.trials[key] *= FADING
+
+    def learn_chain(self, keys: Seq[int], accepted: int) -> None:
+        rate, trials, horizon = self.rate, self.trials, self.horizon
+        for i, key in enumerate(keys[: accepted + 1]):
+            n = trials[key]
+            if n < horizon:
+                n = trials[key] = n + 1
+            rate[key] += ((i < accepted) - rate[key]) / n
 
 
 @dataclass(slots=True)
@@ -125,23 +188,30 @@ class Pace:
 
     rates: Rates
     off: bool = False
-    idle: int = 0  # steps since it was switched off
+    idle: int = 0  # declined steps in a row
+    waited: int = 0  # declined steps since the last probe
     probing: int = 0  # steps that the probe under way may go on without a hit
-    memo: dict[tuple, int] = field(default_factory=dict)  # decisions until the rates change
+    memo: dict[tuple, int] = field(default_factory=dict)  # decisions, forgotten every REPLAN steps
+    age: int = 0
+    noted: bool = False
+    naps: int = 0
 
 
 class Planner:
     """One per method instance: shared rates, the target's costs, the method's own time.
 
     ``prior``: the rates to start from, by key; keys are the method's. With ``host.plan`` false every offer is taken.
-    ``probe``: most drafts of a probe; ``patience``: steps that a probe may take until its first hit.
+    ``probe``: most drafts of a probe; ``patience``: steps that a probe may take until its first hit; ``steady``:
+    whether a declined offer says that the next one will be declined too, so that the method may sleep.
     """
 
     def __init__(
         self, host: Host, prior: Seq[float], *, draft: Runner | None = None, probe: int = 2, patience: int = 1,
+        steady: bool = True,
     ):
-        self.shared = Rates(prior, 4, SHARED_HORIZON)
+        self.shared = Rates(prior, [FIRST_TRIALS] * len(prior), SHARED_HORIZON)
         self.active, self._probe, self._patience = host.plan, probe, patience
+        self._note_after = NOTE_AFTER if steady else 8 * NOTE_AFTER
         self.target = self.draft = None
         if host.plan:
             try:
@@ -151,40 +221,59 @@ class Planner:
                 self.active = False
                 host.notes.append(f"drafting by fixed lengths: {e}")
         self._own = (_Typical(), _Typical())  # seconds per sequence of a step without drafts, with drafts
-        self._between = _Typical()  # seconds of a step outside of the forward and the method
-        self._spent = self._ended = self._credit = self._share = 0.0
+        self._between = _Typical()  # seconds from a commit to the next propose
+        self._around = (_Typical(), _Typical())  # from propose to commit, without the forward by its curve
+        self._table: list[float] | None = None  # the curve used last
+        self._longest = self.target.one if self.target is not None else 0.0  # more is waiting, not work
+        self._spent = self._paused = self._ended = self._credit = self._share = 0.0
+        self._tick = 0
+        self.level = self.row = 0.0  # tokens that the time of a draft's forward, of a row would give elsewhere
 
     def pace(self) -> Pace:
-        return Pace(Rates(self.shared.rate, PRIOR_TRIALS, OWN_HORIZON))
+        trials = [min(t, PRIOR_TRIALS) for t in self.shared.trials]
+        return Pace(Rates(self.shared.rate, trials, OWN_HORIZON))
 
     def begin(self) -> float:
-        """Call first in propose; the moment, for ``pause``."""
+        """Call first in propose; the moment, for ``pause``. Times are looked at in one step of SAMPLE."""
         now = time.perf_counter()
-        if self._ended and self.target is not None:
-            self._between.learn(min(now - self._ended, self.target.one))  # longer ones are waiting, not work
-            self._ended = 0.0
+        self._tick += 1
+        if self._ended and self._tick % SAMPLE == 0:
+            self._between.learn(min(now - self._ended, self._longest))
         return now
 
     def pause(self, start: float, without: float = 0.0) -> None:
         """Call last in propose; ``without``: seconds of forwards in between."""
-        self._spent = time.perf_counter() - start - without
+        self._paused = time.perf_counter()
+        self._spent = self._paused - start - without
 
     def end(self, start: float, sequences: int, drafted: int) -> None:
-        """Call last in commit."""
-        self._ended = time.perf_counter()
-        self._own[drafted > 0].learn((self._spent + self._ended - start) / sequences)
+        """Call last in commit; ``start``: when it began, ``drafted``: rows beyond one for each sequence."""
+        self._ended = now = time.perf_counter()
+        if drafted or self._tick % SAMPLE == 0:
+            kind = drafted > 0
+            self._own[kind].learn((self._spent + now - start) / sequences)
+            if self._table is not None and sequences + drafted < len(self._table):
+                self._around[kind].learn(start - self._paused - self._table[sequences + drafted])
 
     def asleep(self, seq: Sequence, pace: Pace) -> bool:
         """Whether the method is switched off for this step of ``seq`` and need not even make an offer."""
-        if not pace.off or pace.probing or pace.idle < NOTE_AFTER:
+        if not pace.off or pace.probing or pace.idle < self._note_after:
             return False
         pace.idle += 1
+        pace.waited += 1
         self._credit += self._share
-        return pace.idle % PROBE_GAP != 0
+        return pace.waited % PROBE_GAP != 0
+
+    def drowsy(self, pace: Pace) -> bool:
+        """``asleep`` for a method whose offers differ: after many declined ones it need not look every time."""
+        if not pace.off or pace.probing or pace.idle <= self._note_after:
+            return False
+        pace.naps = (pace.naps + 1) % 4
+        return pace.naps != 0
 
     def allot(
         self, seqs: Seq[Sequence], paces: Seq[Pace], offers: Seq[Seq[float]], *, width: int = 1,
-        depths: Seq[Seq[int]] | None = None, entry: Seq[float] | None = None, tag: int = 0,
+        depths: Seq[Seq[int]] | None = None, entry: Seq[float] | None = None, tag: Hashable = None,
     ) -> list[int]:
         """Drafts of each sequence in this step. ``entry[i]``: seconds before sequence i can draft at all.
 
@@ -192,16 +281,17 @@ class Planner:
         """
         if not self.active or not any(offers):
             return [len(o) for o in offers]
-        n = len(seqs)
-        if n > 1:
+        if len(seqs) > 1:
             return self._allot(seqs, paces, offers, width, depths, entry)
         pace = paces[0]
         key = (tag, len(offers[0]), len(seqs[0].tokens).bit_length(), pace.off)
         count = pace.memo.get(key)
         if count and not pace.off:
             return [count]
-        if count == 0 and not pace.probing and pace.idle > NOTE_AFTER and pace.idle % PROBE_GAP:
-            pace.idle += 1
+        idle = pace.idle + 1
+        if count == 0 and not pace.probing and idle != self._note_after and pace.waited % PROBE_GAP:
+            pace.idle = idle
+            pace.waited += 1
             self._credit += self._share
             return [0]
         counts = self._allot(seqs, paces, offers, width, depths, entry)
@@ -216,7 +306,10 @@ class Planner:
         context = sum(len(s.tokens) for s in seqs) // n
         drafts = sum(map(len, offers))
         target = self.target.table(context, n + width * drafts)
-        own = max(0.0, self._own[1].value - self._own[0].value)
+        self._table = target
+        own = self._own[1].value - self._own[0].value
+        around = self._around[1].value - self._around[0].value
+        own = max(0.0, own) + max(0.0, around) / n
         extra = [own] * n
         if entry is not None:
             extra = [own + e / min(32, s.remaining) for e, s in zip(entry, seqs, strict=True)]
@@ -224,11 +317,14 @@ class Planner:
         if self.draft is not None:
             scale = self.draft.scale
             levels = [scale * t for t in self.draft.table(context, drafts)[: drafts + 2]]
-        counts, _ = allot(
+        counts, rate = allot(
             [[RETURN_MARGIN * g for g in o] if p.off else o for p, o in zip(paces, offers, strict=True)],
-            target, fixed=self._between.value, extra=extra, width=width, levels=levels, depths=depths,
+            target, fixed=max(0.0, self._between.value + self._around[0].value), extra=extra, width=width,
+            levels=levels, depths=depths, margin=MARGIN,
         )
         self._share = PROBE_SHARE * target[n] / n
+        self.level = rate * levels[1] if levels is not None else 0.0
+        self.row = rate * (target[n + width * drafts] - target[n]) / drafts
         for i, (pace, offer) in enumerate(zip(paces, offers, strict=True)):
             if counts[i]:
                 pace.off, pace.idle, pace.probing = False, 0, 0
@@ -242,17 +338,18 @@ class Planner:
         levels: Seq[float] | None, price: float, width: int,
     ) -> int:
         """Count the step; 0, or the length of a probe that the credit pays for."""
-        pace.off, pace.idle = True, pace.idle + 1
+        pace.off, pace.idle, pace.waited = True, pace.idle + 1, pace.waited + 1
         self._credit += self._share
-        if pace.idle == NOTE_AFTER:
+        if pace.idle == self._note_after and not pace.noted:
+            pace.noted = True
             self._note(seq, offer, n, target, levels, price, width)
         k = min(self._probe, len(offer))
         price += target[n + width * k] - target[n] + (levels[1] * k if levels is not None else 0.0)
         if not pace.probing:
-            if pace.idle < PROBE_GAP or self._credit < min(price, 4 * target[1]):
+            if pace.waited < PROBE_GAP or self._credit < min(price, 4 * target[1]):
                 return 0
             pace.probing = self._patience
-        pace.idle = NOTE_AFTER + 1
+        pace.waited = 0
         self._credit -= price
         return k
 
@@ -272,30 +369,45 @@ class Planner:
                     f"{1 + gain:.2f} tokens expected for {cost:.2f} times the time of one "
                     f"({width * k + 1} rows, batch {n})"
                 )
-        seq.metrics.note(f"speculation off: {text}")
+        seq.metrics.note(f"speculation off at output token {seq.generated}: {text}")
 
     def learn(self, pace: Pace, key: int, hit: float) -> None:
         self.shared.learn(key, hit)
         pace.rates.learn(key, hit)
-        pace.memo.clear()
+        self._changed(pace)
 
-    def judged(self, pace: Pace, keys: Seq[int], accepted: int) -> None:
-        """A chain whose first ``accepted`` drafts were right; ``keys`` of all of them."""
+    def judged(self, pace: Pace, keys: Seq[int], accepted: int, beyond: Seq[int] = ()) -> None:
+        """A chain whose first ``accepted`` drafts were right. ``keys`` of all of them; ``beyond``: those of
+        depths that might have been drafted and were not."""
         if not keys:
             return
-        for key in keys[:accepted]:
-            self.learn(pace, key, 1.0)
-        if accepted < len(keys):
-            self.learn(pace, keys[accepted], 0.0)
+        for rates in (self.shared, pace.rates):
+            rates.learn_chain(keys, accepted)
+            rates.fade(beyond)
+        self._changed(pace)
         self.probed(pace, accepted)
 
-    def judged_tree(self, pace: Pace, keys: Seq[int], parent: Seq[int], rows: Seq[int]) -> None:
+    def judged_tree(
+        self, pace: Pace, keys: Seq[int], parent: Seq[int], rows: Seq[int], beyond: Seq[int] = (),
+    ) -> None:
         """A tree of which ``rows`` (with the root, 0) were accepted; ``keys[i]`` belongs to node i + 1."""
         right = set(rows)
+        self.shared.fade(beyond)
+        pace.rates.fade(beyond)
         for node, key in enumerate(keys, 1):
             if parent[node] in right:
-                self.learn(pace, key, float(node in right))
+                hit = float(node in right)
+                self.shared.learn(key, hit)
+                pace.rates.learn(key, hit)
+        self._changed(pace)
         self.probed(pace, len(rows) - 1)
+
+    def _changed(self, pace: Pace) -> None:
+        """Decisions are thought over anew every few steps."""
+        pace.age += 1
+        if pace.age >= REPLAN:
+            pace.age = 0
+            pace.memo.clear()
 
     def probed(self, pace: Pace, accepted: int) -> None:
         """A probe that found nothing ends; one that did goes on, and weighs more."""
@@ -303,24 +415,3 @@ class Planner:
             pace.probing = self._patience if accepted else pace.probing - 1
             pace.rates.trials = [min(t, 6) for t in pace.rates.trials]
             pace.memo.clear()
-
-
-class _Typical:
-    """A running typical value of a duration: quick to fall, slow to rise, deaf to outliers and to the cold start."""
-
-    __slots__ = ("_left", "value")
-
-    def __init__(self) -> None:
-        self.value, self._left = 0.0, 3
-
-    def learn(self, seconds: float) -> None:
-        if self._left:
-            self._left -= 1
-            return
-        old = self.value
-        if not old:
-            self.value = seconds
-        elif seconds < old:
-            self.value = old + 0.2 * (seconds - old)
-        else:
-            self.value = old + 0.05 * (min(seconds, 2 * old) - old)

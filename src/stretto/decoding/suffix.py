@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import heapq
 import time
+from bisect import bisect
 from collections import OrderedDict
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from stretto.decoding.ar import require_causal
@@ -24,7 +26,10 @@ __all__ = ["Automaton", "Options", "Suffix"]
 
 SALTS = 16  # tenants whose outputs are kept apart at the same time
 SURE = (0.35, 0.55, 0.75, 0.85, 0.93, 0.96)  # prior: how far a frequency is trusted, by the length of the match
-SHARE = (0.2, 0.55, 0.85, 1.0)  # middle of the classes of frequencies
+CLASSES = (0.4, 0.7, 0.99)  # borders of the classes of frequencies
+SHARE = (0.2, 0.55, 0.85, 1.0)  # and their middles
+LONGEST = 32  # longer matches count the same
+MATCH = [4 * min(max(n, 1).bit_length() - 1, 5) for n in range(LONGEST + 1)]  # match -> first key
 PRIOR = [s * p for s in SURE for p in SHARE]
 
 
@@ -83,6 +88,13 @@ class Automaton:
             matched = length[state]
         here = nxt[state].get(token)
         return (here, matched + 1) if here is not None else (0, 0)
+
+    def context(self, state: int, matched: int) -> tuple[int, int]:
+        """``state``, or behind the end of the text its longest suffix that goes on somewhere."""
+        while not self.next[state] and state:
+            state = self.link[state]
+            matched = self.length[state]
+        return state, matched
 
     def _whole(self, p: int, token: int, q: int) -> int:
         """The state of exactly the longest string of ``p`` followed by ``token``: ``q``, or a copy split off."""
@@ -145,7 +157,7 @@ class Suffix:
     def __init__(self, host: Host, options: Options):
         self._host, self._options = host, options
         self._outputs: OrderedDict[str, _Outputs] = OrderedDict()
-        self.planner = Planner(host, PRIOR)
+        self.planner = Planner(host, PRIOR, steady=False)
 
     def admit(self, seq: Sequence) -> None:
         require_causal(self._host, self.name)
@@ -158,7 +170,8 @@ class Suffix:
         start = self.planner.begin()
         found = [self._draft(seq, seq.state) for seq in seqs]
         offers = [gains for gains, _, _ in found]
-        counts = self.planner.allot(seqs, [s.state.pace for s in seqs], offers)
+        paces, tag = [s.state.pace for s in seqs], tuple(found[0][2])
+        counts = self.planner.allot(seqs, paces, offers, tag=tag)
         steps = [
             tree.prefix(1 + count).step(seq, extra=keys[:count])
             for seq, count, (_, tree, keys) in zip(seqs, counts, found, strict=True)
@@ -202,8 +215,10 @@ class Suffix:
 
     def _draft(self, seq: Sequence, state: _State) -> tuple[list[float], Tree, list[int]]:
         """(gains, tree, keys) of the best source."""
-        self._read(seq, state)
         root = seq.tokens[-1]
+        if self.planner.drowsy(state.pace):
+            return [], Tree.rooted(root), []
+        self._read(seq, state)
         limit = min(self._options.num_draft_tokens, room(seq))
         own = state.own
         link = own.link[state.last]
@@ -236,14 +251,16 @@ class Suffix:
             state.at.append((automaton, at, matched))
 
     def _grow(
-        self, automaton: Automaton, at: int, matched: int, root: int, limit: int, rates: list[float]
+        self, automaton: Automaton, at: int, matched: int, root: int, limit: int, rates: Seq[float]
     ) -> tuple[list[float], Tree, list[int]]:
-        """Best first from state ``at``; every node's children are the tokens that followed its string."""
+        """(gains, drafts, keys) from the state ``at``: the likeliest chain, or a tree grown best first."""
         options, tree = self._options, Tree.rooted(root)
         depth = min(options.max_depth, max(1, int(options.max_factor * matched)))
+        if not options.tree:
+            return self._chain(automaton, at, matched, tree, min(limit, depth), rates)
         gains: list[float] = []
         keys: list[int] = []
-        heap = _children(automaton, at, matched, 0, 1.0, rates, options.tree)
+        heap = _children(automaton, at, matched, 0, 1.0, rates)
         heapq.heapify(heap)
         while heap and len(keys) < limit:
             loss, token, parent, key, state, length = heapq.heappop(heap)
@@ -253,31 +270,51 @@ class Suffix:
             gains.append(-loss)
             keys.append(key)
             if tree.depth[node] < depth:
-                for child in _children(automaton, state, length, node, -loss, rates, options.tree):
+                for child in _children(automaton, state, length, node, -loss, rates):
                     heapq.heappush(heap, child)
+        return gains, tree, keys
+
+    def _chain(
+        self, automaton: Automaton, state: int, matched: int, tree: Tree, limit: int, rates: Seq[float]
+    ) -> tuple[list[float], Tree, list[int]]:
+        gains: list[float] = []
+        keys: list[int] = []
+        gain, least, count = 1.0, self._options.min_probability, automaton.count
+        for node in range(limit):
+            state, matched = automaton.context(state, matched)
+            nxt = automaton.next[state]
+            if not nxt or not matched:
+                break
+            if len(nxt) == 1:
+                ((token, state),) = nxt.items()
+                key = 3
+            else:
+                token, state = max(nxt.items(), key=lambda item: (count[item[1]], -item[0]))
+                key = bisect(CLASSES, count[state] / sum([count[s] for s in nxt.values()]))
+            key += MATCH[min(matched, LONGEST)]
+            gain *= rates[key]
+            if gain < least:
+                break
+            tree.add(node, token)
+            gains.append(gain)
+            keys.append(key)
+            matched += 1
         return gains, tree, keys
 
 
 def _children(
-    automaton: Automaton, state: int, matched: int, parent: int, gain: float, rates: list[float], every: bool
+    automaton: Automaton, state: int, matched: int, parent: int, gain: float, rates: Seq[float]
 ) -> list[tuple[float, int, int, int, int, int]]:
-    """(-path product, token, parent node, key, state, match) of the likeliest or of ``every`` continuation."""
-    nxt = automaton.next[state]
-    while not nxt and state:  # the end of the text: go on behind its longest earlier suffix
-        state = automaton.link[state]
-        matched, nxt = automaton.length[state], automaton.next[state]
+    """(-path product, token, parent node, key, state, match) of every continuation."""
+    state, matched = automaton.context(state, matched)
+    nxt, count = automaton.next[state], automaton.count
     if not nxt or not matched:
         return []
-    count = automaton.count
-    items = list(nxt.items())
-    total = sum(count[s] for _, s in items) if len(items) > 1 else 1
-    if not every and len(items) > 1:
-        items = [max(items, key=lambda item: (count[item[1]], -item[0]))]
-    base = 4 * min((matched).bit_length() - 1, 5)
-    out = []
-    for token, s in items:
-        share = count[s] / total if total > 1 else 1.0
-        key = base + (3 if share > 0.99 else 2 if share > 0.7 else 1 if share > 0.4 else 0)
-        scale = min(1.0, share / SHARE[key & 3]) if every else 1.0
+    total, out = sum([count[s] for s in nxt.values()]), []
+    for token, s in nxt.items():
+        share = count[s] / total
+        kind = bisect(CLASSES, share)
+        key = MATCH[min(matched, LONGEST)] + kind
+        scale = min(1.0, share / SHARE[kind])
         out.append((-gain * rates[key] * scale, token, parent, key, s, matched + 1))
     return out

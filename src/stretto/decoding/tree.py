@@ -16,7 +16,7 @@ from typing import Any
 
 from stretto.engine.types import Sequence, Step
 
-__all__ = ["Shape", "Tree", "best_first", "depth_limited_value"]
+__all__ = ["Shape", "Tree", "best_first", "chain", "depth_limited_value"]
 
 
 @dataclass(slots=True)
@@ -80,6 +80,13 @@ class Shape:
     def value(self) -> float:
         """Expected tokens of a step."""
         return 1.0 + sum(self.gain)
+
+
+def chain(gains: Seq[float]) -> Shape:
+    """The chain with these path products."""
+    n = len(gains)
+    numbers = tuple(range(n + 1))
+    return Shape(numbers[:-1], (0,) * n, numbers[1:], tuple(gains))
 
 
 def best_first(acc: Seq[Seq[float]], nodes: int, depth: int | None = None) -> Shape:

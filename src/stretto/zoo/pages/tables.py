@@ -1,4 +1,7 @@
-"""Tables: from comma-separated rows to a Markdown table, a row by its key, rows by a value."""
+"""Tables: from comma-separated rows to a Markdown table, a row by its key, rows by a value.
+
+The question stands before the table, so that a causal model can look for the answer while it reads.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +23,21 @@ def _csv(rows: list[list[str]]) -> str:
     return "\n".join(",".join(r) for r in rows)
 
 
+def _markdown(rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(r)} |" for r in rows)
+
+
 def markdown(rng: random.Random) -> tuple[str, str]:
     head, rows = _rows(rng, rng.randint(2, 3))
-    lines = [f"| {' | '.join(r)} |" for r in [head, *rows]]
-    lines.insert(1, "|---|---|---|")
-    return f"Make a Markdown table:\n{_csv([head, *rows])}", "\n".join(lines)
+    answer = _markdown([head, ["---"] * 3, *rows]).replace(" --- ", "---")
+    return f"Make a Markdown table:\n{_csv([head, *rows])}", answer
 
 
 def lookup(rng: random.Random) -> tuple[str, str]:
     head, rows = _rows(rng, rng.randint(3, 5))
     row = rng.choice(rows)
-    answer = f"{row[0]}: the color is {row[1]} and the {head[2]} is {row[2]}."
-    return f"{_csv([head, *rows])}\nWhat is known of {row[0]}?", answer
+    answer = f"The {row[0]} row: color {row[1]} and {head[2]} {row[2]}."
+    return f"What is known of {row[0]}?\n{_markdown([head, *rows])}", answer
 
 
 def where(rng: random.Random) -> tuple[str, str]:
@@ -40,7 +46,7 @@ def where(rng: random.Random) -> tuple[str, str]:
     for row in rows:
         row[1] = rng.choice((a, b))
     rows[rng.randrange(len(rows))][1] = a
-    return f"{_csv([head, *rows])}\nCopy the {a} rows.", _csv([r for r in rows if r[1] == a])
+    return f"Copy the {a} rows:\n{_markdown([head, *rows])}", _markdown([r for r in rows if r[1] == a])
 
 
 TASKS = {
