@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stretto.decoding import verify
-from stretto.decoding.planner import allot
+from stretto.decoding.costs import allot
 from stretto.decoding.suffix import Automaton
 from stretto.decoding.tree import Tree, best_first, depth_limited_value
 from stretto.decoding.verify import accept_chain, accept_tree, draw_without_replacement, reject, remove

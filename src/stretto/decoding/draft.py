@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from stretto.decoding.ar import require_causal
+from stretto.decoding.costs import INHERITED, Rates, allot
 from stretto.decoding.drafting import DraftCache, DraftModel, Growth
 from stretto.decoding.options import option
-from stretto.decoding.planner import INHERITED, Pace, Planner, Rates, allot, room
+from stretto.decoding.planner import Pace, Planner, room
 from stretto.decoding.tree import Shape, best_first, chain
 from stretto.decoding.verify import (
     DRAFT,

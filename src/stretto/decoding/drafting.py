@@ -15,7 +15,7 @@ from itertools import accumulate
 import numpy as np
 from torch import Tensor
 
-from stretto.decoding.planner import Costs
+from stretto.decoding.costs import Costs
 from stretto.decoding.tree import Shape, Tree
 from stretto.engine.cache import View
 from stretto.engine.runner import Runner

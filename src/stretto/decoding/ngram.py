@@ -11,8 +11,9 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from stretto.decoding.ar import require_causal
+from stretto.decoding.costs import Rates
 from stretto.decoding.options import option
-from stretto.decoding.planner import Pace, Planner, Rates, room
+from stretto.decoding.planner import Pace, Planner, room
 from stretto.decoding.tree import Tree
 from stretto.decoding.verify import accept_chain, accept_tree
 from stretto.engine.host import Host
