@@ -16,6 +16,7 @@ import torch
 
 from stretto.engine.types import CAUSAL, FULL, Sequence, Step
 from stretto.models.batch import FlatBatch
+from stretto.models.entries import Entry
 
 __all__ = ["Plan", "pack"]
 
@@ -50,7 +51,8 @@ class Plan:
         step = self.step
         return (
             self.rows == 1 and step is not None and self.lead == 0 and step.context is None
-            and step.positions is None and step.embeds is None and not step.taps and self.logits == 1
+            and step.positions is None and step.embeds is None and not step.taps and not step.entries
+            and self.logits == 1
         )
 
 
@@ -127,6 +129,7 @@ def pack(plans: list[Plan], *, block: int = 1) -> FlatBatch:
     tokens: list[int] = []
     positions: list[np.ndarray] = []
     contexts, local, counts, logit_rows, embeds, embed_rows = [], [], [], [], [], []
+    entries: list[Entry] = []
     taps: set[int] = set()
     row = logit = 0
     for plan in plans:
@@ -155,6 +158,7 @@ def pack(plans: list[Plan], *, block: int = 1) -> FlatBatch:
             if step.embeds is not None:
                 embeds.append(step.embeds)
                 embed_rows += [row + lead + i for i in step.embed_rows]
+            entries += [e.shifted(row + lead) for e in step.entries]
         row += n
     return FlatBatch(
         tokens=np.array(tokens, np.int64),
@@ -169,6 +173,7 @@ def pack(plans: list[Plan], *, block: int = 1) -> FlatBatch:
         taps=tuple(sorted(taps)),
         embeds=torch.cat(embeds) if embeds else None,
         embed_rows=np.array(embed_rows, np.int32) if embeds else None,
+        entries=entries,
     )
 
 

@@ -12,6 +12,7 @@ from stretto.engine.cache import SlotAllocator
 from stretto.errors import CapacityError, UnsupportedError
 from stretto.models.batch import FlatBatch, ForwardResult, KVPool
 from stretto.models.context import forward_batch
+from stretto.models.entries import Matrix, sink
 from stretto.models.transformer import Transformer
 
 __all__ = ["LatencyCurve", "Runner"]
@@ -67,12 +68,25 @@ class Runner:
     def forward(self, batch: FlatBatch) -> ForwardResult:
         self.pool.positions[batch.slots] = batch.positions
         if self.native is not None:
+            batch, moved = sink(batch) if batch.entries else (batch, None)
             result = self.native.forward(self.pool, batch)
+            if moved is not None:
+                result.hidden = {layer: x[moved] for layer, x in result.hidden.items()}
         else:
             result = forward_batch(self.model, self.pool, batch, rowwise=self._rowwise)
         if self.vocabulary < self.config.vocab_size:
             result.logits[:, self.vocabulary :] = -torch.inf
         return result
+
+    def matrix(self, weight: torch.Tensor) -> Matrix:
+        """``weight`` [H, H] ready for rows that enter in mid-stack (``Step.entries``)."""
+        here = self.model.model.embed_tokens.weight
+        weight = weight.detach().to(here)
+        if self.native is None:
+            return Matrix(weight)
+        from stretto.models.native import PackedLinear
+
+        return Matrix(weight, PackedLinear(weight, dtype=self.native.weight_dtype))
 
     def curve(self, context: int = 128) -> LatencyCurve:
         """The measured cost of 1..64 rows on about ``context`` cached rows (rounded up to a power of two)."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from stretto.engine.host import Host
     from stretto.engine.params import SamplingParams
     from stretto.engine.sampling import Sampler
+    from stretto.models.entries import Entry
 
 __all__ = ["CAUSAL", "FULL", "Commit", "Method", "Metrics", "Outcome", "Sequence", "Step"]
 
@@ -37,7 +38,8 @@ class Step:
     matrix [n, n] with ``see[i, j]`` = row i sees row j.
     ``positions`` default to consecutive ones behind the cached rows.
     ``logits``: rows whose logits are wanted (None = all). ``embeds`` [len(embed_rows), H] replaces the token
-    embeddings of ``embed_rows``. ``taps``: layers whose output states are wanted (0 = embeddings, -1 = final).
+    embeddings of ``embed_rows``. ``entries``: rows that enter in mid-stack. ``taps``: layers whose output states are
+    wanted (0 = embeddings, -1 = final).
     ``extra``: whatever the method wants to find again at commit; the engine never looks at it.
     """
 
@@ -49,6 +51,7 @@ class Step:
     embeds: Tensor | None = None
     embed_rows: Seq[int] = ()
     taps: Seq[int] = ()
+    entries: Seq[Entry] = ()
     extra: Any = None
 
     def __len__(self) -> int:

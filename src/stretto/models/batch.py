@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from stretto.models.entries import Entry
 
 __all__ = ["FlatBatch", "ForwardResult", "KVPool"]
 
@@ -41,6 +45,7 @@ class FlatBatch:
     taps: Sequence[int] = ()  # layers whose output hidden states are wanted (0 = embeddings, l = after layer l)
     embeds: Tensor | None = None  # [len(embed_rows), H], replaces the token embedding of embed_rows
     embed_rows: Ints | None = None
+    entries: Sequence[Entry] = ()  # rows that enter in mid-stack
 
     @property
     def n(self) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from stretto.errors import OptionError, PromptError, UnsupportedError
 from stretto.models.batch import FlatBatch, ForwardResult, KVPool
+from stretto.models.entries import check
 
 if TYPE_CHECKING:
     from stretto.models.config import ModelConfig
@@ -361,14 +362,12 @@ def forward_batch(model: Transformer, pool: KVPool, batch: FlatBatch, *, rowwise
         embeds = embeds.index_copy(0, at, batch.embeds.to(embeds))
     tapped: dict[int, Tensor] = {}
     ctx = PoolContext(pool, batch, model.config, rowwise=rowwise)
+    if batch.entries:
+        check(batch, model.config.num_hidden_layers)
     hidden = model.hidden(
-        None if embeds is not None else tokens,
-        positions,
-        ctx,
-        embeds=embeds,
-        taps=batch.taps,
-        tapped=tapped,
-    )
+        None if embeds is not None else tokens, positions, ctx, embeds=embeds, taps=batch.taps, tapped=tapped,
+        entries=batch.entries,
+    )  # fmt: skip
     if -1 in batch.taps:
         tapped[-1] = hidden
     wanted = batch.logit_rows

@@ -32,12 +32,13 @@ from torch import Tensor
 from stretto.errors import OptionError, PromptError, UnsupportedError
 from stretto.models.batch import FlatBatch, ForwardResult, KVPool
 from stretto.models.config import ModelConfig
+from stretto.models.entries import structs
 from stretto.models.moe import SparseMLP
 from stretto.models.transformer import MLP, Attention, Block, Transformer
 
 __all__ = ["NativeForward", "PackedLinear", "argmax", "linear"]
 
-SOURCES = ("native.h", "linear.c", "attention.c", "forward.c")
+SOURCES = ("native.h", "linear.c", "attention.c", "entries.c", "forward.c")
 FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC")
 TUNE = ("-march=native", "-mcpu=native", "-O3")  # the first that the compiler takes
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -63,8 +64,8 @@ _Model = _struct(
     (_pointer, "embed norm cos sin layers"), (_Mat, "head"), (_pointer, "scratch"), (ctypes.c_size_t, "scratch_bytes"),
 )  # fmt: skip
 _Batch = _struct(
-    (_long, "n contexts n_context n_local k n_embeds S kv_bf16"),
-    (_pointer, "tokens ints embeds k_pool v_pool pool_positions logits taps"),
+    (_long, "n contexts n_context n_local k n_embeds S kv_bf16 n_entries"),
+    (_pointer, "tokens ints embeds k_pool v_pool pool_positions logits taps entries"),
     (_pointer, "positions slots context_of context_ptr local_ptr context local logit_rows embed_rows"),
 )
 
@@ -341,8 +342,7 @@ class NativeForward:
 
     def forward(self, pool: KVPool, batch: FlatBatch) -> ForwardResult:
         """float32 logits of ``batch.logit_rows``, and the tapped states (float32)."""
-        c, n, keys, values = self.config, batch.n, pool.k, pool.v
-        slots = len(pool.positions)
+        c, n, slots, keys, values = self.config, batch.n, len(pool.positions), pool.k, pool.v
         if keys.shape != (c.num_hidden_layers, slots, c.num_key_value_heads, c.head_dim) or keys.device.type != "cpu":
             raise UnsupportedError(f"the K/V pool is {tuple(keys.shape)} on {keys.device}: it is not of this model")
         if keys.dtype not in DTYPES.values():
@@ -358,7 +358,7 @@ class NativeForward:
         embeds, embed_rows = None, NO_INTS
         if batch.embeds is not None:
             embeds, embed_rows = batch.embeds.detach().to("cpu", torch.float32).contiguous(), batch.embed_rows
-        tokens = np.ascontiguousarray(batch.tokens, np.int64)
+        tokens, entries = np.ascontiguousarray(batch.tokens, np.int64), structs(batch.entries)
         arrays = (
             batch.positions, batch.slots, batch.context_of, batch.context_ptr, batch.local_ptr, batch.context,
             batch.local, batch.logit_rows, embed_rows,
@@ -368,8 +368,8 @@ class NativeForward:
             raise IndexError(f"the arrays of the batch do not fit its {n} rows")
         b = _Batch(
             n, len(batch.context_ptr) - 1, len(batch.context), len(batch.local), len(logits), len(embed_rows), slots,
-            keys.dtype == torch.bfloat16, _at(tokens), _at(ints), _at(embeds), _at(keys), _at(values),
-            _at(pool.positions), _at(logits), ctypes.addressof(taps),
+            keys.dtype == torch.bfloat16, len(entries), _at(tokens), _at(ints), _at(embeds), _at(keys), _at(values),
+            _at(pool.positions), _at(logits), ctypes.addressof(taps), ctypes.addressof(entries),
         )  # fmt: skip
         with self._lock:
             code = self._lib.stretto_forward(ctypes.addressof(self._model), ctypes.addressof(b))
@@ -381,7 +381,7 @@ class NativeForward:
         if code < 0:
             raise MemoryError(f"no memory for a forward of {n} rows")
         if code:
-            what = ("position", "token", "slot", "context", "row")[code - 1]
+            what = ("position", "token", "slot", "context", "row", "entry")[code - 1]
             raise IndexError(f"the batch names a {what} that does not exist")
         return ForwardResult(logits, hidden)
 

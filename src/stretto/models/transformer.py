@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from stretto.errors import PromptError, UnsupportedError
 from stretto.models.config import ModelConfig
 from stretto.models.context import AttentionContext
+from stretto.models.entries import Entry, enter
 from stretto.models.linear import InferenceLinear, inference_linear
 from stretto.models.moe import SparseMLP
 from stretto.models.rope import Rotary, apply_rope
@@ -213,21 +214,27 @@ class Transformer(nn.Module):
         embeds: Tensor | None = None,
         taps: Sequence[int] = (),
         tapped: dict[int, Tensor] | None = None,
+        entries: Sequence[Entry] = (),
     ) -> Tensor:
         """The final-normed states [n, H] of ``tokens`` int64 [n] (or ``embeds`` [n, H]) at
         ``positions`` [n].
 
         ``taps``: states to put into ``tapped``: 0 = the embeddings, l = the output of layer l
-        (1-based), before the final norm.
+        (1-based), before the final norm. ``entries``: rows that get their state behind a layer; what they
+        are before is not defined.
         """
         if (tokens is None) == (embeds is None):
             raise PromptError("hidden() takes tokens or embeds, exactly one of them")
         x = self.embed(tokens) if embeds is None else embeds
+        if entries:
+            x = enter(x, entries, 0)
         if tapped is not None and 0 in taps:
             tapped[0] = x
         angles = self.rotary(positions, x.dtype)
         for depth, layer in enumerate(self.model.layers, 1):
             x = layer(x, angles, ctx)
+            if entries:
+                x = enter(x, entries, depth)
             if tapped is not None and depth in taps:
                 tapped[depth] = x
         return self.norm(x)

@@ -235,12 +235,17 @@ static void mlp(Run *r, int *phase, const Layer *l) {
 
 static void body(Run *r, int thread) {
     const Model *m = r->m;
-    const Batch *b = r->b;
+    const Batch *whole = r->b, *b = whole;
     Work *w = r->work;
     const int H = m->H, width = (m->A + 2 * m->G) * m->D;
     int phase = 0;
+    Batch there = *b; /* the rows that take part so far; counters are shared, so each thread may have its own */
+    Run some = *r;
+    there.n = rows_at(b, -1), some.b = b = &there, r = &some;
     embed(r, phase++);
     for (int i = 0; i < m->layers_n; i++) {
+        there.n = rows_at(whole, i);
+        enter_rows(r, &phase, i, w->x);
         const Layer *l = &m->layers[i];
         Product qkv = {&l->qkv, w->h, NULL, w->qkv, b->n, H, width, STORE};
         Product o = {&l->o, w->att, NULL, w->x, b->n, m->A * m->D, H, ADD};
@@ -252,6 +257,8 @@ static void body(Run *r, int thread) {
         norm_rows(r, phase++, l->norm2, NULL);
         mlp(r, &phase, l);
     }
+    there.n = rows_at(whole, m->layers_n);
+    enter_rows(r, &phase, m->layers_n, w->x);
     if (!b->k && !b->taps[m->layers_n] && !b->taps[m->layers_n + 1]) return;
     norm_rows(r, phase++, m->norm, b->taps[m->layers_n]);
     if (b->taps[m->layers_n + 1] && thread == 0) memcpy(b->taps[m->layers_n + 1], w->h, b->n * H * sizeof(float));
@@ -275,7 +282,7 @@ static int no_borders(const int32_t *x, int64_t n, int64_t total) {
 }
 
 /* Sets the pointers to the integer arrays. 0, or what is wrong: 1 a position beyond the angles, 2 a token, 3 a slot,
-   4 a context, 5 a local, logit or embedding row. */
+   4 a context, 5 a local, logit or embedding row, 6 an entry. */
 static int open_batch(const Model *m, Batch *b) {
     const int64_t n = b->n;
     b->positions = b->ints, b->slots = b->positions + n, b->context_of = b->slots + n;
@@ -287,6 +294,7 @@ static int open_batch(const Model *m, Batch *b) {
         no_borders(b->context_ptr, b->contexts, b->n_context)) return 4;
     if (outside(b->local, b->n_local, n) || no_borders(b->local_ptr, n, b->n_local) ||
         outside(b->logit_rows, b->k, n) || outside(b->embed_rows, b->n_embeds, n)) return 5;
+    if (bad_entries(m, b)) return 6;
     for (int64_t i = 0; i < n; i++)
         if ((b->tokens[i] < 0 || b->tokens[i] >= m->V) && given(b, i) < 0) return 2;
     return outside(b->positions, n, m->angles);
@@ -346,7 +354,7 @@ int stretto_forward(Model *m, Batch *b) {
     Work w;
     const int wrong = open_batch(m, b);
     if (wrong || !b->n) return wrong;
-    const size_t counters = ALIGN((m->layers_n * PHASES + 8) * sizeof(Counter)), bytes = layout(m, b, &w, 0);
+    const size_t counters = ALIGN((m->layers_n * PHASES + 8 + b->n_entries) * sizeof(Counter)), bytes = layout(m, b, &w, 0);
     char *memory = scratch(m, counters + bytes);
     if (!memory) return -1;
     layout(m, b, &w, memory + counters);

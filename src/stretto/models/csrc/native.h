@@ -80,8 +80,15 @@ typedef struct {
     size_t scratch_bytes;
 } Model;
 
+/* Rows first .. first + n - 1 enter behind ``layer`` (0 = the embeddings) with matrix times the states of sources. */
+typedef struct {
+    int32_t layer, first, n, unused;
+    const Mat *matrix;
+    const int32_t *sources; /* [n] */
+} Entry;
+
 typedef struct { /* FlatBatch of batch.py, and where its results go */
-    int64_t n, contexts, n_context, n_local, k, n_embeds, S, kv_bf16;
+    int64_t n, contexts, n_context, n_local, k, n_embeds, S, kv_bf16, n_entries;
     const int64_t *tokens;
     const int32_t *ints; /* the integer arrays below, one behind the other, in this order */
     const float *embeds;
@@ -89,6 +96,7 @@ typedef struct { /* FlatBatch of batch.py, and where its results go */
     int32_t *pool_positions; /* [S] */
     float *logits; /* [k, V] */
     float *const *taps; /* [layers + 2] of [n, H] or NULL; the last is the final-normed state */
+    const Entry *entries; /* by layer; their rows are the last of the batch, in this order */
     const int32_t *positions, *slots, *context_of, *context_ptr, *local_ptr, *context, *local, *logit_rows, *embed_rows;
 } Batch;
 
@@ -191,6 +199,12 @@ int panels(const Mat *m);
 int chunk_panels(const Mat *m, int threads);
 void product_part(const Product *p, int first, int last); /* panels first..last-1 */
 void product(Run *r, int phase, const Product *p);
+
+/* ---- entries.c ---- */
+
+int bad_entries(const Model *m, const Batch *b);
+int64_t rows_at(const Batch *b, int layer); /* how many rows take part behind ``layer`` */
+void enter_rows(Run *r, int *phase, int layer, float *x);
 
 /* ---- attention.c ---- */
 
