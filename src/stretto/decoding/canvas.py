@@ -12,7 +12,8 @@ it.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ import numpy as np
 from stretto.engine.types import FULL, Sequence, Step
 from stretto.models.config import ModelConfig
 
-__all__ = ["Ask", "BlockCanvas", "Canvas", "FullCanvas"]
+__all__ = ["Ask", "BlockCanvas", "Branches", "Canvas", "FullCanvas"]
 
 
 @dataclass(slots=True)
@@ -33,7 +34,8 @@ class Canvas:
     start: int = 0  # the window is [start, stop)
     stop: int = 0
     count: int = 0  # masks in the window when it was entered
-    turn: int = 0  # forwards spent on the window
+    turn: int = 0  # steps of the rule spent on the window
+    step: int = 0  # and on the whole text: numbers the noise
     base: int = 0  # first position of the unfinished block (block-causal models)
     decided: dict[int, int] = field(default_factory=dict)  # position -> number of the forward
     logprobs: dict[int, dict[int, float]] = field(default_factory=dict)
@@ -43,6 +45,12 @@ class Canvas:
     def masked(self) -> list[int]:
         """The positions of the window that are still to be decided."""
         return [i for i in range(self.start, min(self.stop, self.end)) if self.ids[i] == self.mask]
+
+    def copy(self) -> Canvas:
+        """A branch: what is decided on it leaves this one alone. Credit is not copied."""
+        return replace(
+            self, ids=list(self.ids), decided=dict(self.decided), logprobs=dict(self.logprobs)
+        )
 
     def enter(self, start: int, stop: int) -> None:
         self.start, self.stop, self.turn = start, stop, 0
@@ -63,6 +71,41 @@ class Ask:
     positions: list[int]
     whole: list[int] | None = None
     keep: Seq[int] = ()
+
+
+@dataclass(slots=True)
+class Branches:
+    """Step.extra of a step that evaluates several canvases at once: for each what ``Ask`` says,
+    ``keep`` in rows of this step."""
+
+    asks: list[Ask]
+    canvases: list[Canvas] = field(default_factory=list)
+
+
+def side_by_side(steps: Seq[Step], head: int) -> Step:
+    """One step for several canvases of one sequence. The first ``head`` rows must be the same in all
+    and see only each other: they stand once. No branch sees a row of another."""
+    sizes = [len(s) - head for s in steps]
+    ends = np.cumsum([head, *sizes]).tolist()
+    see = np.zeros((ends[-1],) * 2, bool)
+    tokens, positions = list(steps[0].tokens[:head]), _positions(steps[0])[:head]
+    logits, asks = [], []
+    for s, (a, b) in zip(steps, pairwise(ends), strict=True):
+        own = np.ones((len(s),) * 2, bool) if isinstance(s.see, str) else np.asarray(s.see)
+        see[:head, :head] = own[:head, :head]
+        see[a:b, :head], see[a:b, a:b] = own[head:, :head], own[head:, head:]
+        rows = [*range(head), *range(a, b)]
+        tokens += s.tokens[head:]
+        positions += _positions(s)[head:]
+        logits += [rows[i] for i in s.logits or ()]
+        asks.append(replace(s.extra, keep=[rows[i] for i in s.extra.keep]))
+    context = steps[0].context
+    return Step(tokens, positions, see, context, logits=logits, extra=Branches(asks))
+
+
+def _positions(step: Step) -> list[int]:
+    """Those of the rows; without any, the step is a whole canvas."""
+    return list(range(len(step)) if step.positions is None else step.positions)
 
 
 class FullCanvas:
@@ -119,13 +162,19 @@ class FullCanvas:
             extra=Ask(asked, canvas.seen),
         )
 
-    def kept(self, seq: Sequence, canvas: Canvas, step: Step) -> dict[str, Any]:
+    def branches(self, seq: Sequence, canvases: Seq[Canvas]) -> Step:
+        """Several canvases beside each other; all in the same window, unless nothing is cached."""
+        steps = [self.step(seq, c) for c in canvases]
+        again = self._cache != "none" and not len(seq.view) and steps[0].extra.whole is None
+        return side_by_side(steps, len(canvases[0].ids) if again and canvases[0].seen else 0)
+
+    def kept(self, seq: Sequence, canvas: Canvas, ask: Ask) -> dict[str, Any]:
         """What happens to the K/V, after ``advance``: fields of Commit."""
         if self._fresh(canvas):
             return {"truncate": 0}
-        if step.extra.whole is None:
+        if ask.whole is None:
             return {}
-        canvas.seen = step.extra.whole
+        canvas.seen = ask.whole
         a, b = self._rows(canvas)
         return {"keep": [*range(a), *range(b, len(canvas.ids))]}
 
@@ -181,28 +230,38 @@ class BlockCanvas:
         return canvas.base if len(seq.view) >= canvas.base else max(0, canvas.base - self._block)
 
     def step(self, seq: Sequence, canvas: Canvas) -> Step:
-        base, stop = canvas.base, len(canvas.ids)
-        clean = base - seq.computed  # rows of the finished block: B or none
-        context = None
-        if self._shift and base and not clean:
-            context, clean = [(0, base - 1)], 1
-            keep: Seq[int] = ()
-        else:
-            keep = range(clean)
-        start = base - clean
-        n = stop - start
+        return self._step(canvas, *self._start(seq, canvas))
+
+    def branches(self, seq: Sequence, canvases: Seq[Canvas]) -> Step:
+        """Several canvases beside each other, which share the finished blocks of the first; later
+        ones may have finished more."""
+        start, context = self._start(seq, canvases[0])
+        steps = [self._step(c, start, context) for c in canvases]
+        return side_by_side(steps, canvases[0].base - start)
+
+    def kept(self, seq: Sequence, canvas: Canvas, ask: Ask) -> dict[str, Any]:
+        return {"keep": ask.keep}
+
+    def _start(self, seq: Sequence, canvas: Canvas) -> tuple[int, list[tuple[int, int]] | None]:
+        """First position that is evaluated, and the cached rows before it: None = all."""
+        base = canvas.base
+        if self._shift and base and base == seq.computed:
+            return base - 1, [(0, base - 1)]
+        return seq.computed, None
+
+    def _step(self, canvas: Canvas, start: int, context: list[tuple[int, int]] | None) -> Step:
+        """Finished blocks from ``start`` on, whose K/V stays, and the unfinished one."""
+        stop, clean = len(canvas.ids), canvas.base - start
         see: str | np.ndarray = FULL
         if clean:
-            see = np.ones((n, n), bool)
-            see[:clean, clean:] = False
+            block = np.arange(start, stop) // self._block
+            see = block[None, :] <= block[:, None]
         asked = canvas.masked()
         return Step(
             canvas.ids[start:stop], range(start, stop), see, context,
-            logits=[i - self._shift - start for i in asked], extra=Ask(asked, keep=keep),
+            logits=[i - self._shift - start for i in asked],
+            extra=Ask(asked, keep=range(0 if context is None else 1, clean)),
         )
-
-    def kept(self, seq: Sequence, canvas: Canvas, step: Step) -> dict[str, Any]:
-        return {"keep": step.extra.keep}
 
     def advance(self, seq: Sequence, canvas: Canvas) -> None:
         if canvas.stop >= canvas.end:

@@ -8,25 +8,25 @@ more. Sources: LLaDA, Dream, Fast-dLLM 1 and 2, SDAR, dInfer, EB-Sampler, CD4LM.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from stretto.decoding.canvas import BlockCanvas, Canvas, FullCanvas
+from stretto.decoding.canvas import Canvas
+from stretto.decoding.denoise import (
+    Denoiser,
+    State,
+    check_room,
+    final_tokens,
+    gather,
+    mask_of,
+    open_rows,
+)
 from stretto.decoding.options import option
-from stretto.decoding.unmask import DIALS, Candidates, Credit, candidates, quota, score, select
+from stretto.decoding.unmask import Credit
 from stretto.engine.host import Host
-from stretto.engine.sampling import noise
 from stretto.engine.types import Commit, Outcome, Sequence, Step
-from stretto.errors import CapacityError, OptionError, PromptError, UnsupportedError
+from stretto.errors import OptionError, PromptError
 
 __all__ = ["Diffusion", "Options"]
-
-DRAW, ORDER = 1, 2  # uses of the noise of one forward: candidates, and the random order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,35 +91,18 @@ class Diffusion:
     grammar = False
 
     def __init__(self, host: Host, options: Options):
-        config = host.config
-        if config.attention not in self.kinds:
-            raise UnsupportedError(
-                "method 'diffusion' needs a masked diffusion model (full or block attention); this "
-                f"one has {config.attention!r} attention: use method 'ar'"
-            )
-        if config.mask_token_id is None:
-            raise UnsupportedError(
-                "method 'diffusion' needs a mask token, and the model's config.json has no "
-                "mask_token_id: add it"
-            )
+        config, self._mask = host.config, mask_of(host, self.name)
         check(options, config.attention, config.block_size)
-        self._host, self._options, self._mask = host, options, config.mask_token_id
-        self._stops = np.array(host.stop_ids, np.int64)
-        rule = options.unmask
-        self._dial = DIALS.get(rule, 0.0) if options.threshold is None else options.threshold
-        self._wants = {
-            "margin": options.score == "margin",
-            "entropy": options.score == "neg_entropy" or rule in ("entropy", "eb"),
-        }
-        length = options.block_length or (config.block_size if config.attention == "block" else 32)
-        if config.attention == "block":
-            self._rows: BlockCanvas | FullCanvas = BlockCanvas(config, self._mask, length=length)
-        else:
-            self._rows = FullCanvas(
-                config, self._mask, length=length,
-                cache="prefix" if options.cache == "auto" else options.cache,
-                refresh=options.refresh, vicinity=options.vicinity,
-            )
+        self._host, self._options = host, options
+        self._denoiser = Denoiser(
+            mask=self._mask, stops=host.stop_ids, unmask=options.unmask, dial=options.threshold,
+            score=options.score, steps=options.steps, low=options.low,
+            eos_policy=options.eos_policy, eos_progress=options.eos_progress,
+        )
+        self._rows = open_rows(
+            config, self._mask, block_length=options.block_length, cache=options.cache,
+            refresh=options.refresh, vicinity=options.vicinity,
+        )
 
     def admit(self, seq: Sequence) -> None:
         if self._mask in seq.tokens and not self._options.infill:
@@ -128,12 +111,7 @@ class Diffusion:
                 f"{seq.tokens.index(self._mask)}: take it out, or set infill=true to have it "
                 "filled in (full-attention models)"
             )
-        need, total = self._rows.slots(seq), self._host.runner.alloc.total
-        if need > total:
-            raise CapacityError(
-                f"diffusion may need {need} cache slots for this request, the pool has {total}: "
-                "raise kv_cache_tokens, lower max_tokens, or use cache=none"
-            )
+        check_room(self._host, self.name, self._rows.slots(seq))
         seq.state = self._rows.open(seq)
         seq.state.credit = Credit(self._options.credit) if self._options.credit else None
 
@@ -146,22 +124,14 @@ class Diffusion:
     def commit(
         self, seqs: list[Sequence], steps: list[Step], outcomes: list[Outcome]
     ) -> list[Commit]:
-        asked = [step.extra.positions for step in steps]
-        ends = np.cumsum([0, *map(len, asked)]).tolist()
-        spans = [slice(a, b) for a, b in pairwise(ends)]
-        laws = torch.cat([o.logits for o in outcomes])
-        laws[:, self._mask] = -torch.inf
-        raw = [
-            laws[s].clone() if seq.logprobs is not None else None
-            for seq, s in zip(seqs, spans, strict=True)
+        states = [
+            State(seq, seq.state, step.extra.positions)
+            for seq, step in zip(seqs, steps, strict=True)
         ]
-        self._process(seqs, asked, laws, spans)
-        found = self._candidates(seqs, asked, laws, spans, [o.argmax for o in outcomes])
-        out = []
-        for seq, step, c, law in zip(seqs, steps, found, raw, strict=True):
-            self._decide(seq, step.extra.positions, c, law)
-            out.append(self._commit(seq, step))
-        return out
+        found, raw = self._denoiser.judge(states, *gather(outcomes))
+        for state, c, law in zip(states, found, raw, strict=True):
+            self._denoiser.decide(state, c, law)
+        return [self._commit(seq, step) for seq, step in zip(seqs, steps, strict=True)]
 
     def release(self, seq: Sequence) -> None:
         seq.state = None
@@ -170,90 +140,21 @@ class Diffusion:
         """Always without effect on the result; of no use while nothing is cached."""
         return len(seq.view) > 0
 
-    def _process(
-        self, seqs: list[Sequence], asked: list[list[int]], laws: Tensor, spans: list[slice]
-    ) -> None:
-        """End-of-text policy, penalties, bias, minimum length, credit: on all ``laws``, in
-        place."""
-        if self._options.eos_policy == "suppress":
-            laws[:, self._stops] = -torch.inf
-        for seq, positions, s in zip(seqs, asked, spans, strict=True):
-            if processed(seq):
-                rest = [t for t in seq.state.ids[len(seq.tokens) :] if t != self._mask]
-                for row, at in zip(laws[s], positions, strict=True):
-                    row.copy_(seq.sampler.process(row, at - seq.prompt_len, rest))
-            if seq.state.credit is not None:
-                seq.state.credit.fuse(laws[s], positions)
-
-    def _candidates(
-        self, seqs: list[Sequence], asked: list[list[int]], laws: Tensor, spans: list[slice],
-        best: list[np.ndarray],
-    ) -> list[Candidates]:
-        """One batch of torch operations for all sequences of the same sampling parameters."""
-        groups: dict[tuple, list[int]] = {}
-        for i, seq in enumerate(seqs):
-            groups.setdefault(kind(seq), []).append(i)
-        out: dict[int, Candidates] = {}
-        for key, members in groups.items():
-            rows = laws
-            if len(members) < len(seqs):
-                rows = torch.cat([laws[spans[i]] for i in members])
-            uniform = known = None
-            if key[0]:
-                uniform = np.concatenate([uniforms(seqs[i], asked[i], DRAW) for i in members])
-            elif not key[-1] and not self._options.credit:
-                known = np.concatenate([best[i] for i in members])
-            c = candidates(rows, seqs[members[0]].params, uniform, best=known, **self._wants)
-            at = 0
-            for i in members:
-                out[i] = c.part(at, at + len(asked[i]))
-                at += len(asked[i])
-        return [out[i] for i in range(len(seqs))]
-
-    def _decide(
-        self, seq: Sequence, positions: list[int], c: Candidates, law: Tensor | None
-    ) -> None:
-        """Write what this forward decides onto the canvas."""
-        o, canvas = self._options, seq.state
-        is_stop = (c.tokens[:, None] == self._stops).any(1)
-        if o.eos_policy in ("confidence_zero", "min_progress") and is_stop.any():
-            done = sum(i >= seq.prompt_len for i in canvas.decided)
-            if o.eos_policy == "confidence_zero" or done < o.eos_progress * seq.params.max_tokens:
-                c = c.held_back(is_stop)
-        order = uniforms(seq, positions, ORDER) if o.score == "random" else None
-        k = quota(canvas.count, o.steps, canvas.turn)
-        chosen = select(
-            o.unmask, c, score(o.score, c, order), positions, dial=self._dial, k=k, low=o.low
-        )
-        for i in np.flatnonzero(chosen).tolist():
-            at, token = positions[i], int(c.tokens[i])
-            ends = bool(is_stop[i]) and not seq.params.ignore_eos and at >= seq.prompt_len
-            canvas.decide(at, token, seq.metrics.forwards, ends=ends)
-            if law is not None:
-                canvas.logprobs[at] = top_logprobs(law[i], token, seq.params.logprobs or 0)
-
     def _commit(self, seq: Sequence, step: Step) -> Commit:
         """Hand over what is decided without a gap; go to the next window when this one is done."""
         canvas: Canvas = seq.state
-        canvas.turn += 1
         if not canvas.masked():
             self._rows.advance(seq, canvas)
         if canvas.start >= seq.prompt_len and self._options.infill:
             seq.tokens[: seq.prompt_len] = canvas.ids[: seq.prompt_len]
-        final = list(self._final(canvas, len(seq.tokens)))
+        final = final_tokens(canvas, len(seq.tokens))
         commit = Commit(
             [canvas.ids[i] for i in final], step_map=[canvas.decided[i] for i in final],
-            **self._rows.kept(seq, canvas, step),
+            **self._rows.kept(seq, canvas, step.extra),
         )
         if seq.logprobs is not None:
             commit.logprobs = [canvas.logprobs.pop(i) for i in final]
         return commit
-
-    def _final(self, canvas: Canvas, start: int) -> Iterator[int]:
-        for i in range(start, min(canvas.end, len(canvas.ids))):
-            if canvas.ids[i] == self._mask:
-                return
-            yield i
 
 
 def check(o: Options, attention: str, block: int) -> None:
@@ -280,30 +181,3 @@ def check(o: Options, attention: str, block: int) -> None:
         refuse("refresh", "0 without the prefix or dual cache")
     if o.vicinity and o.cache != "dual":
         refuse("vicinity", "0 unless cache=dual")
-
-
-def processed(seq: Sequence) -> bool:
-    """Whether the sampler changes logits before the temperature."""
-    p = seq.params
-    penalties = p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0
-    return bool(penalties or p.logit_bias or p.min_tokens)
-
-
-def kind(seq: Sequence) -> tuple:
-    """Sequences of one kind are sampled in one batch: temperature, truncation, whether
-    processed."""
-    p = seq.params
-    rest = (p.top_k, p.top_p, p.min_p) if p.temperature else ()
-    return p.temperature, *rest, not p.temperature and processed(seq)
-
-
-def uniforms(seq: Sequence, positions: list[int], use: int) -> np.ndarray:
-    """float64 [n] in (0, 1): functions of seed, choice, number of the forward and position only."""
-    return noise(seq.sampler.key, seq.metrics.forwards, use, positions[-1] + 1)[positions]
-
-
-def top_logprobs(law: Tensor, token: int, k: int) -> dict[int, float]:
-    """Log-probabilities of ``token`` and the k most likely ones under float [V] logits."""
-    x = torch.log_softmax(law.double(), -1)
-    top = torch.topk(x, k).indices.tolist() if k else []
-    return {t: float(x[t]) for t in [token, *top]}

@@ -1,8 +1,9 @@
 """The methods, found by reading the files of this room; nothing is imported until a method is used.
 
 A method is a class in its own file with literal class attributes ``name`` and ``lossless`` (optional: ``aliases``,
-``kinds`` = attention kinds it serves), whose docstring's first line says what the user gets; its options are the class
-``Options`` of the same file. Adding a file registers a method; two with one name are refused.
+``kinds`` = attention kinds it serves, ``reference`` = (method, options) that a lossless one equals), whose docstring's
+first line says what the user gets; its options are the class ``Options`` of the same file. Adding a file registers a
+method; two with one name are refused.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ class OptionInfo:
 
 @dataclass(frozen=True, slots=True)
 class MethodInfo:
-    """``lossless``: equals plain decoding token for token in deterministic mode. ``kinds``: attention kinds of the
-    models it runs on. ``target``: "module:Class"."""
+    """``lossless``: equals plain decoding token for token in deterministic mode; ``reference``: the method and its
+    options that are meant by plain decoding. ``kinds``: attention kinds of the models it runs on. ``target``:
+    "module:Class"."""
 
     name: str
     purpose: str
@@ -43,6 +45,7 @@ class MethodInfo:
     target: str
     aliases: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ("causal",)
+    reference: tuple[str, Mapping[str, Any]] = ("ar", {})
     options: tuple[OptionInfo, ...] = field(default=())
 
 
@@ -82,7 +85,8 @@ def _read(path: Path) -> list[MethodInfo]:
             out.append(
                 MethodInfo(
                     facts["name"], purpose, facts["lossless"], f"stretto.decoding.{path.stem}:{node.name}",
-                    tuple(facts.get("aliases", ())), tuple(facts.get("kinds", ("causal",))), options,
+                    tuple(facts.get("aliases", ())), tuple(facts.get("kinds", ("causal",))),
+                    facts.get("reference", ("ar", {})), options,
                 )
             )
     return out
