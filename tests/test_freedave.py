@@ -107,7 +107,7 @@ def walk(net, prompt, n):
 
 def fewest(states, d, eager):
     """Forwards of the greedy draft-and-verify walk with d branches over a known static path."""
-    at = forwards = 0
+    at = forwards = previous = 0
     while at < len(states):
         if forwards == 0 or states[at][1] != states[previous][1]:
             guess = []  # a new window: no laws yet
