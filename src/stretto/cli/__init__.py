@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from stretto import __version__
-from stretto.cli import bench, chat, doctor, evaluate, listing, reproduce, run, train, tune
+from stretto.cli import bench, chat, doctor, evaluate, listing, reproduce, run, serve, train, tune
 from stretto.cli.common import Group
 
 __all__ = ["app", "main"]
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 app.command("run")(run.run)
 app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
 app.command("bench")(bench.bench)
 app.command("eval")(evaluate.evaluate)
 app.command("tune")(tune.tune)

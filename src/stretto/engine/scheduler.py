@@ -8,6 +8,7 @@ tokens are evaluated again later (preemption by recomputation). The most importa
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -80,6 +81,8 @@ class Scheduler:
                 if need > self._alloc.free:
                     seq.view.release()
                     return
+            if seq.metrics.started is None:
+                seq.metrics.started = time.perf_counter()
             self.running.append(self.waiting.pop(0))
             self.running.sort(key=lambda e: e.rank)
 

@@ -126,6 +126,7 @@ class Metrics:
     preemptions: int = 0
     seconds: float = 0.0
     ttft: float = 0.0
+    started: float | None = None  # time.perf_counter() when it first left the queue
     notes: list[str] = field(default_factory=list)
 
     @property

@@ -1,0 +1,216 @@
+"""The engine's thread: it owns all state; everybody else posts to its inbox.
+
+    drain the inbox (add, abort, call), expire deadlines, one forward, publish what became final
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from stretto.decoding.registry import make
+from stretto.engine.engine import Progress, Stream
+from stretto.engine.params import SamplingParams
+from stretto.errors import CapacityError, InputError, StrettoError, UnknownNameError
+from stretto.llm import LLM
+
+__all__ = ["Loop", "error_of"]
+
+METHODS_KEPT = 32  # configurations of methods that stay made; idle ones beyond are dropped, oldest first
+IDLE = 0.5  # seconds between two looks at the deadlines while nothing runs
+
+
+@dataclass(slots=True)
+class _Live:
+    """A request of this engine. ``sent``: characters of each choice's text that were published."""
+
+    id: str
+    streams: list[Stream]
+    deadline: float | None
+    method: str
+    options: dict[str, Any]
+    sent: list[int] = field(default_factory=list)
+    open: int = 0
+
+
+class Loop:
+    """``publish`` sends a message to the front and never blocks. ``post`` may be called from any thread."""
+
+    def __init__(self, llm: LLM, publish: Callable[[dict[str, Any]], None]):
+        self.llm, self._publish = llm, publish
+        self._inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._live: dict[str, _Live] = {}
+        self._owner: dict[Stream, _Live] = {}
+        self._methods: OrderedDict[str, Any] = OrderedDict()
+        self._closed = False
+        self.calls: dict[str, Callable[..., Any]] = {"stats": self.stats}
+        self.after_step: list[Callable[[list[Progress]], None]] = []
+
+    def post(self, message: dict[str, Any]) -> None:
+        self._inbox.put(message)
+
+    def run(self) -> None:
+        """Until a "close" message; exceptions of a forward pass through, and the engine is then unusable."""
+        while not self._closed:
+            self._drain()
+            self._expire()
+            if self.llm.engine.busy:
+                progress = self.llm.engine.step()
+                self._tell(progress)
+                for look in self.after_step:
+                    look(progress)
+
+    def stats(self) -> dict[str, Any]:
+        """What the gauges show: numbers of this moment, counters since the start."""
+        engine, alloc = self.llm.engine, self.llm.runner.alloc
+        prefix = engine.prefix
+        return {
+            "running": len(engine.scheduler.running), "waiting": len(engine.scheduler.waiting),
+            "requests": len(self._live), "slots": alloc.total, "used": alloc.used,
+            "prefix": prefix.slots if prefix else 0,
+            "prefix_queries": prefix.queries if prefix else 0, "prefix_hits": prefix.hits if prefix else 0,
+            "preemptions": engine.scheduler.preemptions, "forwards": engine.forwards, "rows": engine.rows,
+        }
+
+    def _drain(self) -> None:
+        wait = not self.llm.engine.busy
+        while True:
+            try:
+                message = self._inbox.get(timeout=IDLE) if wait else self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            wait = False
+            self._obey(message)
+            if self._closed:
+                return
+
+    def _obey(self, message: dict[str, Any]) -> None:
+        op = message["op"]
+        if op == "add":
+            self._add(message)
+        elif op == "abort":
+            self._end(message["id"])
+        elif op == "refuse":
+            self._publish({"op": "error", "id": message["id"], "error": message["error"]})
+        elif op == "call":
+            self._call(message)
+        elif op == "close":
+            self._closed = True
+        else:
+            raise AssertionError(f"unknown message {op!r}")
+
+    def _call(self, message: dict[str, Any]) -> None:
+        answer: dict[str, Any] = {"op": "result", "call": message["call"]}
+        try:
+            found = self.calls.get(message["name"])
+            if found is None:
+                raise UnknownNameError("call", message["name"], self.calls)
+            answer["value"] = found(**message.get("args", {}))
+        except StrettoError as error:
+            answer["error"] = error_of(error)
+        self._publish(answer)
+
+    def _add(self, message: dict[str, Any]) -> None:
+        try:
+            params = message.get("made") or SamplingParams.make(**message["params"])
+            method = self._method(message["method"], message.get("options") or {})
+            streams = self.llm.engine.add(
+                message["prompt"], params, method, priority=message.get("priority", 0),
+                salt=message.get("salt", ""), constraint=message.get("constraint"), decode_text=True,
+            )
+        except StrettoError as error:
+            self._publish({"op": "error", "id": message["id"], "error": error_of(error)})
+            return
+        seconds = message.get("deadline")
+        live = _Live(
+            message["id"], streams, None if seconds is None else time.monotonic() + seconds,
+            message["method"], message.get("options") or {}, [0] * len(streams), len(streams),
+        )
+        self._live[live.id] = live
+        self._owner.update((s, live) for s in streams)
+        self._publish({"op": "added", "id": live.id})
+
+    def _method(self, name: str, options: Mapping[str, Any]) -> Any:
+        """The method with these options; shared while it is kept."""
+        key = json.dumps([name, options], sort_keys=True)
+        if key not in self._methods:
+            if len(self._methods) >= METHODS_KEPT:
+                self._forget()
+            self._methods[key] = make(name, self.llm.host, options)
+        self._methods.move_to_end(key)
+        return self._methods[key]
+
+    def _forget(self) -> None:
+        busy = {id(s.seq.method) for s in self._owner}
+        for key, method in self._methods.items():
+            if id(method) not in busy:
+                del self._methods[key]
+                return
+        raise CapacityError(
+            f"{METHODS_KEPT} different methods and options are running: use one of theirs, or try again later"
+        )
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        for live in [x for x in self._live.values() if x.deadline is not None and x.deadline <= now]:
+            error = {"type": "Deadline", "message": "the deadline of this request passed before it was finished"}
+            self._publish({"op": "error", "id": live.id, "error": error})
+            self._end(live.id)
+
+    def _end(self, request: str) -> None:
+        live = self._live.pop(request, None)
+        if live is not None:
+            for stream in live.streams:
+                self.llm.engine.abort(stream)
+                self._owner.pop(stream, None)
+
+    def _tell(self, progress: list[Progress]) -> None:
+        events = [self._event(p) for p in progress if p.tokens or p.finish_reason]
+        if events:
+            self._publish({"op": "step", "events": events, "stats": self.stats()})
+
+    def _event(self, progress: Progress) -> dict[str, Any]:
+        stream = progress.stream
+        live, seq = self._owner[stream], stream.seq
+        if progress.finish_reason:
+            stream.stops.finish()
+        safe, sent = stream.stops.safe, live.sent[stream.choice]
+        live.sent[stream.choice] = max(safe, sent)
+        n = len(progress.tokens)
+        event: dict[str, Any] = {
+            "id": live.id, "choice": stream.choice, "text": stream.stops.text[sent:safe],
+            "tokens": progress.tokens, "forwards": seq.step_map[len(seq.step_map) - n :],
+        }
+        if seq.logprobs is not None:
+            event["logprobs"] = [list(x.items()) for x in seq.logprobs[len(seq.logprobs) - n :]]
+        if progress.finish_reason:
+            event |= {"finish": progress.finish_reason, "stop": stream.stop_reason, "cost": _cost(live, stream)}
+            self._owner.pop(stream)
+            live.open -= 1
+            if not live.open:
+                self._live.pop(live.id, None)
+        return event
+
+
+def _cost(live: _Live, stream: Stream) -> dict[str, Any]:
+    m = stream.seq.metrics
+    return {
+        "method": live.method, "forwards": m.forwards, "prefill_forwards": m.prefill_forwards, "rows": m.rows,
+        "tokens": m.tokens, "tokens_per_forward": round(m.tokens_per_forward, 4), "drafted": m.drafted,
+        "accepted": m.accepted, "acceptance": round(m.acceptance, 4) if m.drafted else None,
+        "cached_tokens": m.cached_tokens, "preemptions": m.preemptions, "ttft": m.ttft, "seconds": m.seconds,
+        "queued": max(0.0, (m.started or stream.arrival) - stream.arrival),
+        "notes": list(m.notes),
+    }
+
+
+def error_of(error: Exception) -> dict[str, Any]:
+    """An exception as the front needs it: its class, its message, the option it is about."""
+    kind = "InputError" if isinstance(error, InputError) else type(error).__name__
+    param = error.kind.split()[0] if isinstance(error, UnknownNameError) else getattr(error, "name", None)
+    return {"type": kind, "message": str(error), "param": param}
