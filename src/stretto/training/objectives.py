@@ -8,7 +8,7 @@ stream, k labels, H width, V vocabulary. Masks: ``mask[.., i, j]`` is true where
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +48,9 @@ class Loss:
 
 
 class Objective(Protocol):
-    def __call__(self, net: Net, batch: PackedBatch, generator: torch.Generator) -> Loss: ...
+    """``batch``: what the objective's own data gives; ``docs`` = -1 marks its padding."""
+
+    def __call__(self, net: Net, batch: Any, generator: torch.Generator) -> Loss: ...
 
 
 def full_mask(batch: PackedBatch) -> Tensor:

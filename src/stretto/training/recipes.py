@@ -26,7 +26,7 @@ class Recipe:
 
     name: str
     purpose: str
-    objective: Literal["ar", "masked_diffusion", "block_diffusion"] = "ar"
+    objective: Literal["ar", "masked_diffusion", "block_diffusion", "jacobi_forcing"] = "ar"
     base: str | None = None  # model whose weights it starts from
     hidden: int = 192
     layers: int = 6
@@ -38,6 +38,10 @@ class Recipe:
     top_k: int = 2
     balance: float = 0.01  # weight of the load-balance loss (Switch)
     block_size: int = 8  # of block diffusion
+    trajectories: tuple[int, ...] = ()  # jacobi forcing: n, tokens of a recorded block, for equal shares of the budget
+    window: int = 4  # jacobi forcing: w, noisy blocks that see each other
+    schedule: str = "progressive"  # jacobi forcing: of the noise over the blocks of a window
+    ar_weight: float = 10.0  # jacobi forcing: of the clean answers' cross-entropy
     minutes: float = 50.0
     rows: int = 12  # rows of a batch
     length: int = 144  # tokens of a row
@@ -53,6 +57,10 @@ class Recipe:
     def model(self) -> str:
         """The name of the model in the zoo."""
         return self.name.removeprefix("zoo-")
+
+    @property
+    def causal(self) -> bool:
+        return self.objective in ("ar", "jacobi_forcing")
 
 
 _MIX = {  # the tasks that are learnt late get a larger share
@@ -80,6 +88,11 @@ _ALL = (
     Recipe(
         name="zoo-tiny-moe", purpose="mixture of experts, upcycled from zoo:tiny",
         base="zoo:tiny", experts=8, ffn=192, minutes=25, lr=2e-3, adam_lr=1e-3,
+    ),
+    Recipe(
+        name="zoo-tiny-jacobi", purpose="fixes several tokens a forward: zoo:tiny, distilled on its own Jacobi states",
+        objective="jacobi_forcing", base="zoo:tiny", trajectories=(8, 16), minutes=20, rows=7, length=256, lr=1e-3,
+        adam_lr=5e-4, decay=0.6,
     ),
 )
 RECIPES: dict[str, Recipe] = {r.name: r for r in _ALL}

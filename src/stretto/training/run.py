@@ -23,6 +23,7 @@ from stretto.models import checkpoint
 from stretto.models.config import ModelConfig, MoEConfig
 from stretto.models.transformer import Transformer
 from stretto.training.data import Document, PackedBatch, PackedData, pack
+from stretto.training.jacobi import JacobiForcing
 from stretto.training.nets import PackedNet, fast_dtype, initialise, upcycle
 from stretto.training.objectives import (
     Autoregressive,
@@ -33,6 +34,7 @@ from stretto.training.objectives import (
 )
 from stretto.training.probe import Matcher, match_autoregressive, match_diffusion, probe
 from stretto.training.recipes import Recipe
+from stretto.training.recorded import Pools, recorded_data
 from stretto.training.trainer import Record, TrainConfig, Trainer
 from stretto.zoo import workbook
 from stretto.zoo.models import resolve
@@ -63,11 +65,16 @@ def run(
         steps=steps, minutes=minutes, seed=recipe.seed, lr=recipe.lr, adam_lr=recipe.adam_lr,
         warmup=recipe.warmup, decay=recipe.decay, average=recipe.average,
     )
-    match, tests = matcher(recipe, net), test_batches(recipe, 24 if recipe.objective == "ar" else 2)
+    match, tests = matcher(recipe, net), test_batches(recipe, 24 if recipe.causal else 2)
+    pools = Pools(recipe, model, work / "trajectories") if recipe.objective == "jacobi_forcing" else None
+    pad = special_ids()["<|pad|>"]
+    data = recorded_data(recipe, pools, pad_id=pad) if pools is not None else data_of(recipe)
     trainer = Trainer(
-        model, net, objective_of(recipe), data_of(recipe), config, folder=work, device=device,
+        model, net, objective_of(recipe), data, config, folder=work, device=device,
         autocast=fast_dtype(device), callback=lambda t: {"exact": probe(match, tests) if device == "cpu" else {}},
     )
+    if pools is not None:
+        pools.progress = trainer.progress
     trainer.resume()
     with _progress(recipe, trainer) if report is None else nullcontext(report) as show:
         record = trainer.run(show)
@@ -83,7 +90,7 @@ def ship(recipe: Recipe, trainer: Trainer, record: Record, out: Path, match: Mat
             p.copy_(weights[name])
     exact = {}
     if trainer.device.type == "cpu":
-        exact = probe(match, test_batches(recipe, 32 if recipe.objective == "ar" else 4))
+        exact = probe(match, test_batches(recipe, 32 if recipe.causal else 4))
     checkpoint.save(model, out, dtype=torch.bfloat16)
     if recipe.objective == "block_diffusion":  # where SDAR's own configs have it
         config = json.loads((out / checkpoint.CONFIG).read_text())
@@ -121,7 +128,7 @@ def build_model(recipe: Recipe) -> Transformer:
 def config_of(recipe: Recipe) -> ModelConfig:
     """The ``config.json`` of a recipe."""
     ids = special_ids()
-    kind = {"ar": "causal", "masked_diffusion": "full", "block_diffusion": "block"}[recipe.objective]
+    kind = {"masked_diffusion": "full", "block_diffusion": "block"}.get(recipe.objective, "causal")
     moe = MoEConfig(
         recipe.experts, recipe.top_k, recipe.ffn, renormalize=True, cast=True, sparse=(True,) * recipe.layers,
     )
@@ -151,6 +158,8 @@ def objective_of(recipe: Recipe) -> Objective:
         return MaskedDiffusion(mask, law="count")
     if recipe.objective == "block_diffusion":
         return BlockDiffusion(mask, recipe.block_size)
+    if recipe.objective == "jacobi_forcing":
+        return JacobiForcing(recipe.ar_weight)
     return Balanced(Autoregressive(), recipe.balance) if recipe.experts else Autoregressive()
 
 
@@ -196,7 +205,7 @@ def test_batches(recipe: Recipe, n: int) -> dict[str, PackedBatch]:
 
 
 def matcher(recipe: Recipe, net: PackedNet) -> Matcher:
-    if recipe.objective == "ar":
+    if recipe.causal:
         return partial(match_autoregressive, net)
     ids, causal = special_ids(), recipe.objective == "block_diffusion"
     return partial(

@@ -12,18 +12,25 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from stretto.errors import OptionError, StrettoError
 from stretto.training import checkpoints
-from stretto.training.data import PackedData
 from stretto.training.objectives import Net, Objective
 from stretto.training.optim import MuonAdamW, schedule
 
-__all__ = ["Record", "TrainConfig", "Trainer"]
+__all__ = ["Data", "Record", "TrainConfig", "Trainer"]
+
+
+class Data(Protocol):
+    """An endless supply of batches that can go on at any place."""
+
+    position: tuple[int, int]
+
+    def __iter__(self) -> Iterator[Any]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +83,7 @@ class Trainer:
     """
 
     def __init__(
-        self, model: nn.Module, net: Net, objective: Objective, data: PackedData, config: TrainConfig, *,
+        self, model: nn.Module, net: Net, objective: Objective, data: Data, config: TrainConfig, *,
         folder: Path | None = None, callback: Callable[[Trainer], dict[str, Any] | None] | None = None,
         device: torch.device | str = "cpu", autocast: torch.dtype | None = None,
     ):
