@@ -9,6 +9,7 @@ fixed points are plain decoding's tokens. (Santilli et al., arXiv 2305.10427.)
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from stretto.decoding.ar import require_causal
@@ -18,7 +19,7 @@ from stretto.decoding.verify import accept_chain, choose
 from stretto.engine.host import Host
 from stretto.engine.types import Commit, Outcome, Sequence, Step
 
-__all__ = ["Jacobi", "Options"]
+__all__ = ["Jacobi", "Options", "answers_along", "settle"]
 
 DEPTHS = 8  # depths whose acceptance is kept apart; key = 2 * depth + (the guess did not change in the last step)
 PRIOR = [0.4, 0.8] * DEPTHS
@@ -104,22 +105,29 @@ class Jacobi:
         if not n:
             state.guesses, state.stable = [], []
             return accept_chain(seq, tokens, outcome)
-        if seq.sampler.plain:
-            answers = outcome.argmax[: n + 1].tolist()
-        else:
-            answers = [choose(seq, outcome, i, tokens[1 : i + 1]) for i in range(n + 1)]
-        hits = 0
+        answers, hits = answers_along(seq, tokens, outcome), 0
         while hits < n and answers[hits] == tokens[hits + 1]:
             hits += 1
         self.planner.judged(state.pace, _keys(state, n), hits)
-        # behind the new root: answers to guesses that were evaluated, then guesses that were not
         old = state.guesses[hits + 1 :]
-        state.guesses = answers[hits + 1 :] + old[n - hits :]
+        state.guesses = settle(state.guesses, answers, hits)
         state.stable = [i < len(old) and g == old[i] for i, g in enumerate(state.guesses)]
         return Commit(
             tokens=answers[: hits + 1], keep=range(hits + 1), drafted=n, accepted=hits,
             logprob_rows=range(hits + 1),
         )
+
+
+def answers_along(seq: Sequence, tokens: Seq[int], outcome: Outcome) -> list[int]:
+    """What plain decoding would emit behind each row of the chain ``tokens`` (root first)."""
+    if seq.sampler.plain:
+        return outcome.argmax[: len(tokens)].tolist()
+    return [choose(seq, outcome, i, tokens[1 : i + 1]) for i in range(len(tokens))]
+
+
+def settle(guesses: list[int], answers: list[int], hits: int) -> list[int]:
+    """The guesses behind the new root, ``answers[hits]``: answers to rows that were evaluated, then old guesses."""
+    return answers[hits + 1 :] + guesses[len(answers) :]
 
 
 def _keys(state: _State, n: int) -> list[int]:
