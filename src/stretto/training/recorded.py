@@ -28,14 +28,14 @@ LONGEST = 128  # tokens of an answer
 class Pools:
     """``pools(k)``: the trajectories of pool k, of right answers only. ``progress``: the spent share of the budget."""
 
-    def __init__(self, recipe: Recipe, model: Transformer, folder: Path, *, examples: int = POOL):
-        self.recipe, self.model, self.folder, self.examples = recipe, model, folder, examples
+    def __init__(self, recipe: Recipe, model: Transformer, folder: Path, *, examples: int | None = None):
+        self.recipe, self.model, self.folder, self.examples = recipe, model, folder, examples or POOL
         self.progress: Callable[[], float] = lambda: 0.0
         tokenizer = workbook._tokenizer()
         vocabulary = repr(sorted(tokenizer.get_vocab().items())).encode()
         self.expect = {
             "base": fingerprint(model), "vocabulary": hashlib.sha256(vocabulary).hexdigest()[:16],
-            "examples": examples, "seed": recipe.seed,
+            "examples": self.examples, "seed": recipe.seed,
         }
         self._special = [i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special]
 

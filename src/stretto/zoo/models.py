@@ -39,6 +39,7 @@ _ALL = (
     ZooModel("tiny-draft", "autoregressive", "drafts for tiny"),
     ZooModel("tiny-diffusion", "masked diffusion, full attention (kind F)", "decodes in any order"),
     ZooModel("tiny-blocks", "masked diffusion, block-causal (kind B)", "decodes block after block, exact cache"),
+    ZooModel("tiny-jacobi", "autoregressive, distilled by Jacobi Forcing", "fixes several tokens a forward by itself"),
     ZooModel("tiny-moe", "autoregressive, mixture of experts", "experts, placement, offload", draft="tiny-draft"),
 )
 MODELS: dict[str, ZooModel] = {m.name: m for m in _ALL}
