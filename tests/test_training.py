@@ -303,7 +303,8 @@ def test_recipes_import_no_torch():
     paths = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | paths)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["5", "5"]
+    recipes, models = map(int, done.stdout.split())
+    assert recipes >= models >= 6
 
 
 def test_names_are_checked():
