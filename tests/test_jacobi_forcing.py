@@ -251,7 +251,9 @@ def test_a_spawned_block_waits_for_its_share(net):
     assert widest <= 2 * 4 + 3, "at most two blocks and one branch"
 
 
-def test_refusals(net):
+def test_refusals(net, recorded):
+    with pytest.raises(OptionError, match="length=4"):
+        pack(recorded[0], window=2, schedule="random", length=4, pad_id=0, rng=random.Random(0))
     with pytest.raises(OptionError, match="block_size"):
         make("jacobi_forcing", engine(net).host, {"block_size": 1})
     with pytest.raises(OptionError, match="spawn_ratio"):

@@ -330,6 +330,7 @@ def test_a_recipe_ships_a_loadable_model(name, tmp_path, monkeypatch):
 
     monkeypatch.setattr(run, "POOL", 24)
     monkeypatch.setattr(recorded, "POOL", 8)
+    monkeypatch.setattr(recorded, "LONGEST", 16)
     monkeypatch.setattr(recorded.Pools, "_right", lambda self, example, t: True)  # untrained models are never right
     monkeypatch.setattr(run, "test_batches", lambda recipe, n: {})
     monkeypatch.setattr(run, "fast_dtype", lambda device: None)

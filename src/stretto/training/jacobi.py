@@ -153,6 +153,9 @@ def pack(
         best = min(fits, key=free.__getitem__) if fits else len(rows) - 1
         rows[best].append(one)
         free[best] -= n
+    if not rows:
+        shortest = min((len(r.tokens) for r in made), default=0)
+        raise OptionError("length", length, f"at least {shortest}, what the shortest of {len(made)} examples takes")
     return _fill(rows, length, pad_id)
 
 
