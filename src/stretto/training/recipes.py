@@ -64,11 +64,11 @@ class Recipe:
 
 
 _MIX = {  # the tasks that are learnt late get a larger share
-    "list_copy": 2, "list_reverse": 2, "list_sort": 2, "list_double": 1.5, "list_pairs": 1.2,
-    "math_gains": 2.5, "math_price": 2.5, "math_boxes": 2.5, "json_call": 1.7, "json_batch": 0.7,
-    "python_select": 0.5, "python_formula": 0.5, "python_total": 0.5, "python_guard": 0.5,
-    "table_markdown": 1, "table_lookup": 2.2, "table_where": 2, "text_letter": 0.3,
-    "text_notice": 0.3, "text_replace": 0.6,
+    "list_copy": 1.5, "list_reverse": 1, "list_sort": 1.5, "list_double": 1, "list_pairs": 0.6,
+    "math_gains": 3, "math_price": 1.2, "math_boxes": 1.2, "json_call": 1, "json_batch": 0.4,
+    "python_select": 0.4, "python_formula": 0.4, "python_total": 0.4, "python_guard": 0.4,
+    "table_markdown": 0.6, "table_lookup": 4, "table_where": 5, "text_letter": 0.4,
+    "text_notice": 0.2, "text_replace": 0.4,
 }
 
 _ALL = (

@@ -36,8 +36,7 @@ def markdown(rng: random.Random) -> tuple[str, str]:
 def lookup(rng: random.Random) -> tuple[str, str]:
     head, rows = _rows(rng, rng.randint(3, 5))
     row = rng.choice(rows)
-    answer = f"The {row[0]} row: color {row[1]} and {head[2]} {row[2]}."
-    return f"What is known of {row[0]}?\n{_markdown([head, *rows])}", answer
+    return f"What is known of {row[0]}?\n{_markdown([head, *rows])}", _markdown([row])
 
 
 def where(rng: random.Random) -> tuple[str, str]:
@@ -46,11 +45,12 @@ def where(rng: random.Random) -> tuple[str, str]:
     for row in rows:
         row[1] = rng.choice((a, b))
     rows[rng.randrange(len(rows))][1] = a
-    return f"Copy the {a} rows:\n{_markdown([head, *rows])}", _markdown([r for r in rows if r[1] == a])
+    head, *rows = ([color, name, number] for name, color, number in [head, *rows])
+    return f"Copy the {a} rows:\n{_markdown([head, *rows])}", _markdown([r for r in rows if r[0] == a])
 
 
 TASKS = {
     "table_markdown": ("Comma-separated rows to Markdown.", markdown, None),
-    "table_lookup": ("Say what a row holds.", lookup, None),
-    "table_where": ("Copy the rows with a value.", where, None),
+    "table_lookup": ("Copy the row of a name.", lookup, None),
+    "table_where": ("Copy the rows of a colour.", where, None),
 }
