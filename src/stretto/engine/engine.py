@@ -17,7 +17,7 @@ import torch
 
 from stretto.engine.cache import PrefixCache, View
 from stretto.engine.host import Host
-from stretto.engine.pack import Plan, pack
+from stretto.engine.pack import Plan, keep_states, pack
 from stretto.engine.params import SamplingParams
 from stretto.engine.runner import Runner
 from stretto.engine.sampling import Constraint, Sampler
@@ -90,6 +90,8 @@ class Engine:
         batch = pack(plans, block=self._block)
         result = self.runner.forward(batch)
         self.forwards += 1
+        if batch.taps:
+            keep_states(self.runner, plans, result, self.forwards)
         self.rows += batch.n
         commits = self._commits(plans, result)
         return [self._apply(plan, commit, result) for plan, commit in zip(plans, commits, strict=True)]
@@ -111,6 +113,7 @@ class Engine:
             seq = Sequence(
                 id=next(self._ids), tokens=list(prompt), prompt_len=len(prompt), params=params,
                 method=method, view=View(self.runner.alloc), sampler=sampler, choice=choice, salt=salt,
+                taps=tuple(getattr(method, "taps", ())),
             )
             seq.logprobs = [] if params.logprobs is not None else None
             method.admit(seq)
@@ -243,7 +246,7 @@ class Engine:
 
     def _share(self, seq: Sequence) -> None:
         if self.prefix is not None:
-            self.prefix.insert(seq.view, seq.tokens, seq.salt, min(len(seq.view), len(seq.tokens)))
+            self.prefix.insert(seq.view, seq.tokens, seq.prefix_salt, min(len(seq.view), len(seq.tokens)))
 
     def _promote(self, stream: Stream) -> None:
         """The next choice takes over the prompt of an aborted first one."""

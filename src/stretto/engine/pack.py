@@ -14,11 +14,12 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from stretto.engine.runner import Runner
 from stretto.engine.types import CAUSAL, FULL, Sequence, Step
-from stretto.models.batch import FlatBatch
+from stretto.models.batch import FlatBatch, ForwardResult
 from stretto.models.entries import Entry
 
-__all__ = ["Plan", "pack"]
+__all__ = ["Plan", "keep_states", "pack"]
 
 
 @dataclass(slots=True)
@@ -143,6 +144,7 @@ def pack(plans: list[Plan], *, block: int = 1) -> FlatBatch:
         if lead:
             tokens += seq.tokens[start : start + lead]
         n = plan.rows
+        taps.update(seq.taps)
         if step is None or step.positions is None:
             positions.append(np.arange(start, start + n, dtype=np.int32))
         else:
@@ -177,6 +179,20 @@ def pack(plans: list[Plan], *, block: int = 1) -> FlatBatch:
     )
 
 
+def keep_states(runner: Runner, plans: list[Plan], result: ForwardResult, number: int) -> None:
+    """Write the states that sequences want kept (``Sequence.taps``) to the slots of their rows; ``number``: of the
+    forward."""
+    for plan in plans:
+        if not plan.seq.taps:
+            continue
+        runner.written[plan.slots] = number
+        at = torch.from_numpy(np.asarray(plan.slots, np.int64))
+        for layer in plan.seq.taps:
+            states = runner.keep(layer)
+            rows = result.hidden[layer][plan.row : plan.row + plan.rows]
+            states.index_copy_(0, at.to(states.device), rows.to(states.dtype))
+
+
 def _singles(plans: list[Plan]) -> FlatBatch:
     """``pack`` when every sequence brings one row: plain decoding."""
     n = len(plans)
@@ -197,6 +213,7 @@ def _singles(plans: list[Plan]) -> FlatBatch:
         local=rows[:-1],
         local_ptr=rows,
         logit_rows=rows[:-1],
+        taps=tuple(sorted({t for p in plans for t in p.seq.taps})),
     )
 
 

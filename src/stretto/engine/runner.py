@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from stretto.engine.cache import SlotAllocator
-from stretto.errors import CapacityError, UnsupportedError
+from stretto.errors import CapacityError, OptionError, UnsupportedError
 from stretto.models.batch import FlatBatch, ForwardResult, KVPool
 from stretto.models.context import forward_batch
 from stretto.models.entries import Matrix, sink
@@ -62,7 +62,18 @@ class Runner:
         )
         self.alloc = SlotAllocator(slots)
         self.vocabulary = min(vocabulary or c.vocab_size, c.vocab_size)
+        self.states: dict[int, torch.Tensor] = {}  # layer -> [S, H] by slot; see ``keep``
+        self.written = np.zeros(slots, np.int64)  # number of the forward that wrote a slot's states
         self._curves: dict[int, LatencyCurve] = {}
+
+    def keep(self, layer: int) -> torch.Tensor:
+        """float32 [S, H]: where the states of rows after ``layer`` are kept, by slot. Memory is used as slots are."""
+        if not -1 <= layer <= self.config.num_hidden_layers:
+            raise OptionError("taps", layer, f"-1..{self.config.num_hidden_layers}")
+        if layer not in self.states:
+            size = (self.alloc.total, self.config.hidden_size)
+            self.states[layer] = torch.zeros(size, device=self.pool.k.device)
+        return self.states[layer]
 
     @torch.inference_mode()
     def forward(self, batch: FlatBatch) -> ForwardResult:

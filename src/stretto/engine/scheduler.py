@@ -73,7 +73,7 @@ class Scheduler:
             seq = entry.seq
             if not len(seq.view) and self._prefix is not None and seq.method.prefill(seq):
                 seq.metrics.cached_tokens = self._prefix.attach(
-                    seq.view, seq.tokens, seq.salt, seq.method.prefill(seq)
+                    seq.view, seq.tokens, seq.prefix_salt, seq.method.prefill(seq)
                 )
             need = len(seq.tokens) - len(seq.view) + 16
             if self.running and need > self._alloc.free:

@@ -156,6 +156,7 @@ class Sequence:
     sampler: Sampler
     choice: int = 0
     salt: str = ""
+    taps: tuple[int, ...] = ()  # layers whose states are kept by slot; the method's, the engine writes it
     computed: int = 0  # rows that will be cached when the method's rows run; the engine writes it before propose
     row_limit: int = 1 << 30  # most rows the method may propose now; the engine writes it
     state: Any = None  # the method's own
@@ -166,6 +167,11 @@ class Sequence:
     @property
     def generated(self) -> int:
         return len(self.tokens) - self.prompt_len
+
+    @property
+    def prefix_salt(self) -> str:
+        """What separates cached prefixes: the tenant's salt, and the states that the rows must have."""
+        return f"{self.salt}\0{self.taps}" if self.taps else self.salt
 
     @property
     def remaining(self) -> int:
@@ -179,6 +185,12 @@ class Method(Protocol):
     One instance serves all sequences of an engine that use the same options. ``propose`` may be called again
     for the same state (a step that found no room is dropped and asked for anew), so it must not change the law of
     the output. The first rows of a sequence (its prompt) are evaluated by the engine as ``prefill`` says.
+
+    A method that reads hidden states of cached rows, the prompt's included, has an attribute ``taps``: the layers
+    (0 = embeddings, -1 = final-normed) whose states the engine keeps for every row of the method's sequences, in
+    ``Host.states(layer)`` under the row's slot. So they follow the cache through chunked prefill, truncation,
+    compaction and forks, and come back with the rows after a preemption. A cached prefix is shared among sequences
+    with the same taps only. The rows of a step have theirs after its forward; those that lead it have none at propose.
     """
 
     name: ClassVar[str]

@@ -1,8 +1,9 @@
-"""The recipes of the zoo: shape, objective and budget of every model that ships. Importing this imports no torch.
+"""The recipes of the zoo: shape, objective and budget of every model and part. Importing this imports no torch.
 
 Shapes are qwen3's (normed queries and keys, no biases, tied embeddings). The diffusion models and the mixture of
 experts start from ``tiny``, as SDAR, Fast-dLLM v2 and sparse upcycling (Komatsuzaki et al., 2023) start from a trained
-autoregressive model. Budgets are for two CPU cores.
+autoregressive model. Budgets are for two CPU cores. A part (``PartRecipe``) is trained on a frozen model of the zoo
+and ships as an adapter (``training/parts.py``).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from stretto.errors import UnknownNameError
 if TYPE_CHECKING:
     from stretto.training.trainer import Record
 
-__all__ = ["RECIPES", "Recipe", "find_recipe", "run_recipe"]
+__all__ = ["RECIPES", "PartRecipe", "Recipe", "find_recipe", "run_recipe"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +64,36 @@ class Recipe:
         return self.objective in ("ar", "jacobi_forcing")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartRecipe:
+    """How one extra part of a frozen model is made. ``kind``: a key of ``training.parts.KINDS``; ``options``: what
+    that kind is built with."""
+
+    name: str
+    purpose: str
+    kind: str
+    base: str = "zoo:tiny"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    own_answers: float = 0.75  # share of the examples whose answers are the base's own greedy ones
+    minutes: float = 8.0
+    rows: int = 12  # rows of a batch
+    length: int = 144  # tokens of a row
+    lr: float = 2e-3  # of Muon, where the kind has layers
+    adam_lr: float = 2e-3
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    warmup: int = 50  # steps
+    decay: float = 0.6  # last share of the budget, over which the rate falls to zero
+    average: float = 0.99  # decay of the averaged weights, which ship
+    seed: int = 0
+    weights: Mapping[str, float] = field(default_factory=dict)  # task -> share of the mix; all alike
+
+    @property
+    def model(self) -> str:
+        """The name of the part in the zoo."""
+        return self.name.removeprefix("zoo-")
+
+
 _MIX = {  # the tasks that are learnt late get a larger share
     "list_copy": 1.5, "list_reverse": 1, "list_sort": 1.5, "list_double": 1, "list_pairs": 0.6,
     "math_gains": 3, "math_price": 1.2, "math_boxes": 1.2, "json_call": 1, "json_batch": 0.4,
@@ -71,7 +102,7 @@ _MIX = {  # the tasks that are learnt late get a larger share
     "text_notice": 0.2, "text_replace": 0.4,
 }
 
-_ALL = (
+_ALL: tuple[Recipe | PartRecipe, ...] = (
     Recipe(name="zoo-tiny", purpose="autoregressive, the target of every lossless method"),
     Recipe(
         name="zoo-tiny-draft", purpose="a small autoregressive draft for zoo:tiny",
@@ -94,11 +125,14 @@ _ALL = (
         objective="jacobi_forcing", base="zoo:tiny", trajectories=(8, 16), minutes=20, rows=7, length=256, lr=1e-3,
         adam_lr=5e-4, decay=0.6,
     ),
+    PartRecipe(
+        name="zoo-tiny-medusa", purpose="Medusa heads for zoo:tiny", kind="medusa", options={"heads": 4},
+    ),
 )
-RECIPES: dict[str, Recipe] = {r.name: r for r in _ALL}
+RECIPES: dict[str, Recipe | PartRecipe] = {r.name: r for r in _ALL}
 
 
-def find_recipe(name: str) -> Recipe:
+def find_recipe(name: str) -> Recipe | PartRecipe:
     """The recipe ``name``; its ``zoo-`` may be left out."""
     full = name if name.startswith("zoo-") else f"zoo-{name}"
     if full not in RECIPES:
@@ -112,20 +146,22 @@ def run_recipe(
     base: str | Path | None = None, changes: Mapping[str, Any] | None = None,
     report: Callable[[Record], None] | None = None,
 ) -> dict[str, Any]:
-    """Train the model of recipe ``name`` and write it to ``out`` (default: a folder of the model's name, here).
+    """Train the model or part of recipe ``name`` and write it to ``out`` (default: a folder of the model's name, here).
 
     Checkpoints and the log lie in ``<out>.training``; ``resume`` continues from the newest one. ``minutes`` or
     ``steps`` replace the recipe's budget, ``base`` the model it starts from, ``changes`` any field of the recipe.
     ``report`` sees the record after every step; None draws a progress bar. Returns the record that is written to
     ``training.json``.
     """
+    from stretto.training.parts import run_part
     from stretto.training.run import run
 
     recipe = replace(find_recipe(name), **dict(changes or {}))
     recipe = replace(recipe, seed=recipe.seed if seed is None else seed, base=str(base) if base else recipe.base)
     if minutes is None and steps is None:
         minutes = recipe.minutes
-    return run(
+    make: Callable[..., dict[str, Any]] = run_part if isinstance(recipe, PartRecipe) else run
+    return make(
         recipe, Path(out or recipe.model), minutes=minutes, steps=steps, resume=resume, threads=threads,
         device=device, report=report,
     )

@@ -39,7 +39,10 @@ from stretto.training.trainer import Record, TrainConfig, Trainer
 from stretto.zoo import workbook
 from stretto.zoo.models import resolve
 
-__all__ = ["build_model", "config_of", "documents", "objective_of", "run", "ship"]
+__all__ = [
+    "build_model", "config_of", "documents", "objective_of", "prepare", "provenance", "run", "ship", "special_ids",
+    "watched", "write_json",
+]
 
 CONTEXT = 1024  # positions of every model of the zoo
 POOL = 1024  # examples packed together
@@ -52,13 +55,7 @@ def run(
     device: str, report: Callable[[Record], None] | None,
 ) -> dict[str, Any]:
     """See ``recipes.run_recipe``."""
-    if threads:
-        torch.set_num_threads(threads)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    work = out.with_name(out.name + ".training")
-    if not resume:
-        shutil.rmtree(work, ignore_errors=True)
+    device, work = prepare(out, resume, threads, device)
     model = build_model(recipe).to(device)
     net = PackedNet(model, balance=bool(recipe.experts))
     config = TrainConfig(
@@ -76,9 +73,38 @@ def run(
     if pools is not None:
         pools.progress = trainer.progress
     trainer.resume()
-    with _progress(recipe, trainer) if report is None else nullcontext(report) as show:
-        record = trainer.run(show)
+    record = watched(recipe.model, trainer, report)
     return ship(recipe, trainer, record, out, match)
+
+
+def prepare(out: Path, resume: bool, threads: int | None, device: str) -> tuple[str, Path]:
+    """(device, folder of checkpoints and log)"""
+    if threads:
+        torch.set_num_threads(threads)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    work = out.with_name(out.name + ".training")
+    if not resume:
+        shutil.rmtree(work, ignore_errors=True)
+    return device, work
+
+
+def watched(name: str, trainer: Trainer, report: Callable[[Record], None] | None) -> Record:
+    """Run ``trainer``, with a progress bar unless ``report`` sees the steps."""
+    with _progress(name, trainer) if report is None else nullcontext(report) as show:
+        return trainer.run(show)
+
+
+def provenance(recipe: Any, trainer: Trainer, record: Record) -> dict[str, Any]:
+    """What ``training.json`` says of every run."""
+    return {
+        "recipe": recipe.name, "base": recipe.base, "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "steps": record.step, "tokens": record.tokens, "minutes": round(record.seconds / 60, 1),
+        "loss": round(record.loss, 5), "seed": recipe.seed, "dtype": "float32, rounded to bfloat16",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "device": trainer.device.type, "torch": torch.__version__,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
 
 
 def ship(recipe: Recipe, trainer: Trainer, record: Record, out: Path, match: Matcher) -> dict[str, Any]:
@@ -94,24 +120,17 @@ def ship(recipe: Recipe, trainer: Trainer, record: Record, out: Path, match: Mat
     checkpoint.save(model, out, dtype=torch.bfloat16)
     if recipe.objective == "block_diffusion":  # where SDAR's own configs have it
         config = json.loads((out / checkpoint.CONFIG).read_text())
-        _write(out / checkpoint.CONFIG, config | {"block_size": recipe.block_size})
+        write_json(out / checkpoint.CONFIG, config | {"block_size": recipe.block_size})
     for file in TOKENIZER.iterdir():
         shutil.copy(file, out / file.name)
     for file in out.iterdir():
         file.chmod(0o644)
-    _write(out / checkpoint.GENERATION, {
+    write_json(out / checkpoint.GENERATION, {
         "eos_token_id": model.config.eos_token_ids[0], "pad_token_id": model.config.pad_token_id, "do_sample": False,
     })
-    about = {
-        "recipe": recipe.name, "base": recipe.base, "parameters": sum(p.numel() for p in model.parameters()),
-        "steps": record.step, "tokens": record.tokens, "minutes": round(record.seconds / 60, 1),
-        "loss": round(record.loss, 5), "seed": recipe.seed, "dtype": "float32, rounded to bfloat16",
-        "exact_after_rounding": {task: round(share, 3) for task, share in exact.items()},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "device": trainer.device.type, "torch": torch.__version__,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    }
-    _write(out / "training.json", about)
+    about = provenance(recipe, trainer, record)
+    about["exact_after_rounding"] = {task: round(share, 3) for task, share in exact.items()}
+    write_json(out / "training.json", about)
     return about
 
 
@@ -217,11 +236,11 @@ def matcher(recipe: Recipe, net: PackedNet) -> Matcher:
 class _progress:
     """A progress bar over the budget, with loss and speed."""
 
-    def __init__(self, recipe: Recipe, trainer: Trainer):
+    def __init__(self, name: str, trainer: Trainer):
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         self._bar = Progress(
-            TextColumn(recipe.model), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeElapsedColumn(),
+            TextColumn(name), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeElapsedColumn(),
             TimeRemainingColumn(), TextColumn("step {task.fields[step]} loss {task.fields[loss]:.3f}"
                                               " {task.fields[speed]:.0f} tokens/s"),
         )
@@ -238,7 +257,7 @@ class _progress:
         self._bar.__exit__(*error)
 
 
-def _write(file: Path, data: dict[str, Any]) -> None:
+def write_json(file: Path, data: dict[str, Any]) -> None:
     partial_name = file.with_suffix(".partial")
     partial_name.write_text(json.dumps(data, indent=1) + "\n")
     partial_name.rename(file)

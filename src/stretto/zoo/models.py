@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stretto.errors import CheckpointError, UnknownNameError
+from stretto.errors import CheckpointError, UnknownNameError, UnsupportedError
 
-__all__ = ["MODELS", "TOKENIZER", "ZooModel", "available", "resolve", "training_record"]
+__all__ = [
+    "MODELS", "PARTS", "TOKENIZER", "ZooModel", "ZooPart", "available", "part_folder", "resolve", "training_record",
+]
 
 _HERE = Path(__file__).parent
 TOKENIZER = _HERE / "tokenizer"
@@ -45,6 +47,27 @@ _ALL = (
 MODELS: dict[str, ZooModel] = {m.name: m for m in _ALL}
 
 
+@dataclass(frozen=True, slots=True)
+class ZooPart:
+    """An extra part trained on a frozen model of the zoo (``models/adapter.py``). ``base``: that model's name;
+    ``kind``: what a method asks for."""
+
+    name: str
+    kind: str
+    base: str
+    purpose: str
+
+    @property
+    def folder(self) -> Path:
+        return _HERE / self.name
+
+
+_PARTS = (
+    ZooPart("tiny-medusa", "medusa", "tiny", "Medusa heads"),
+)
+PARTS: dict[str, ZooPart] = {p.name: p for p in _PARTS}
+
+
 def resolve(model: str | Path) -> Path:
     """The directory of "zoo:NAME", of a path, or of a hub id ("owner/name", fetched by huggingface-hub).
 
@@ -66,7 +89,23 @@ def resolve(model: str | Path) -> Path:
     )
 
 
+def part_folder(name: str) -> Path:
+    """The folder of the part ``name`` of the zoo. Raises UnknownNameError, or CheckpointError when it is not there."""
+    if name not in PARTS:
+        raise UnknownNameError("adapter of the zoo", PREFIX + name, [PREFIX + p for p in PARTS])
+    folder = PARTS[name].folder
+    if not (folder / "adapter.json").exists():
+        raise CheckpointError(f"{PREFIX}{name} is not in {folder}: make it with 'stretto train {name}'")
+    return folder
+
+
 def _zoo(name: str) -> Path:
+    if name in PARTS:
+        part = PARTS[name]
+        raise UnsupportedError(
+            f"{PREFIX}{name} is a part of {PREFIX}{part.base}, not a model: load {PREFIX}{part.base} and decode with "
+            f"a method that takes a {part.kind!r} adapter (adapter={PREFIX}{name})"
+        )
     if name not in MODELS:
         raise UnknownNameError("zoo model", PREFIX + name, [PREFIX + m for m in MODELS])
     model = MODELS[name]
