@@ -9,14 +9,16 @@ import torch
 
 import tiny
 from stretto.errors import OptionError, PromptError, UnsupportedError
-from stretto.models import native
+from stretto.models import native_linear
 from stretto.models.batch import FlatBatch, KVPool
 from stretto.models.context import forward_batch
 from stretto.models.lora import add_lora, merge_lora
-from stretto.models.native import NativeForward, PackedLinear, argmax, linear
+from stretto.models.native import NativeForward
+from stretto.models.native_linear import PackedLinear, argmax, linear
 
 REASON = NativeForward.supported(tiny.config())
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"NATIVE FORWARD NOT TESTED: {REASON}")
+HALVES = REASON is None and native_linear.multiplies_halves()
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 MOE = {"model_type": "qwen3_moe", "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
@@ -126,11 +128,12 @@ def test_equals_the_float64_reference(name):
     got = scenario(NativeForward(net), pool_for(net))
     expected = scenario(Reference(net), pool_for(net, torch.float64))
     for x, y in zip(got, expected, strict=True):
-        assert (x - y).abs().max() < 1e-5 * max(1, y.abs().max())
+        assert (x - y).abs().max() < 2e-5 * max(1, y.abs().max())
 
 
 @pytest.mark.parametrize("kv", [torch.float32, torch.bfloat16])
-def test_bfloat16_weights_and_pool(kv):
+@pytest.mark.parametrize("halves", [False, None])
+def test_bfloat16_weights_and_pool(kv, halves):
     net = model(intermediate_size=72)
     rounded = model(intermediate_size=72)
     with torch.no_grad():
@@ -138,23 +141,29 @@ def test_bfloat16_weights_and_pool(kv):
             if p.dim() == 2 and "embed" not in key:
                 p.copy_(p.bfloat16())
         head = rounded.model.embed_tokens.weight.bfloat16().float()
-    run = NativeForward(net, "bfloat16")
+    run = NativeForward(net, "bfloat16", halves=halves)
     rounded.config = rounded.config.changed(tie_word_embeddings=False)
     rounded.lm_head = torch.nn.Linear(32, 64, bias=False)
     rounded.lm_head.weight = torch.nn.Parameter(head)
     got = scenario(run, pool_for(net, kv))
     expected = scenario(Reference(rounded), pool_for(net, torch.float64))
     for x, y in zip(got, expected, strict=True):
-        assert (x - y).abs().max() < (1e-5 if kv == torch.float32 else 3e-2) * y.abs().max()
+        exact = kv == torch.float32 and not (HALVES and halves is None)
+        assert (x - y).abs().max() < (1e-5 if exact else 3e-2) * y.abs().max()
 
 
 def test_bfloat16_model_is_stored_as_it_is():
     net = model().bfloat16()
-    run = NativeForward(net)
+    run = NativeForward(net, halves=False)
     assert run.weight_dtype == torch.bfloat16
-    got, expected = scenario(run, pool_for(net)), scenario(Reference(net), pool_for(net, torch.float64))
-    for x, y in zip(got, expected, strict=True):
+    got = scenario(run, pool_for(net))
+    halves = scenario(NativeForward(net), pool_for(net))
+    wide = scenario(NativeForward(model().bfloat16().float()), pool_for(net))
+    expected = scenario(Reference(net), pool_for(net, torch.float64))
+    for x, y, z, h in zip(got, expected, wide, halves, strict=True):
         assert (x - y).abs().max() < 1e-5 * y.abs().max()
+        assert torch.equal(x, z)  # float32 weights that are bfloat16 numbers: same storage, same bits
+        assert (h - y).abs().max() < 1e-2 * y.abs().max()
 
 
 def test_taps_and_embeds():
@@ -234,17 +243,42 @@ def test_a_path_of_a_tree_has_the_bits_of_a_chain(name):
     assert torch.equal(run.forward(pool, batch(ahead)).logits, run.forward(pool, batch(plain)).logits)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype, halves", [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
 @pytest.mark.parametrize("n, k", [(1, 1), (40, 33), (67, 300), (200, 513)])
-def test_linear(n, k, dtype):
+def test_linear(n, k, dtype, halves):
+    if halves and not HALVES:
+        pytest.skip("this machine does not multiply halves")
     torch.manual_seed(0)
     x, w, bias = torch.randn(130, k), torch.randn(n, k).to(dtype), torch.randn(n)
-    packed = PackedLinear(w, bias, dtype)
+    packed = PackedLinear(w, bias, dtype, halves=halves)
     y = linear(x, packed)
     expected = x.double() @ w.double().T + bias
-    assert (y - expected).abs().max() < 1e-6 * k
+    if halves:  # closer than with inputs rounded to bfloat16
+        rounded = x.bfloat16().double() @ w.double().T + bias
+        assert (y - expected).pow(2).mean() < (rounded - expected).pow(2).mean()
+    else:
+        assert (y - expected).abs().max() < 1e-6 * k
     for m in (1, 2, 3, 5, 6, 7, 16, 17, 32, 100, 130):
         assert torch.equal(linear(x[-m:], packed, threads=1 + m % 2), y[-m:]), m
+
+
+def test_halves_take_any_magnitude():
+    """Rows and weights of any size, rows of zeros, one large value among small ones; nothing overflows."""
+    torch.manual_seed(0)
+    x, w = torch.randn(9, 300), torch.randn(40, 300).bfloat16()
+    plain = linear(x, PackedLinear(w, dtype=torch.bfloat16))
+    for i, size in enumerate((1e-30, 1e-9, 1e4, 1e9, 1e30)):
+        by = 2.0 ** round(np.log2(size))
+        y = linear(x * by, PackedLinear(w / by, dtype=torch.bfloat16))
+        assert torch.equal(y, plain), size
+        x[i] = 0
+        plain = linear(x, PackedLinear(w, dtype=torch.bfloat16))
+        assert (plain[i] == 0).all()
+    x[8, 5] = 1e5
+    same = torch.full((32, 300), 7.0)
+    for rows, weight in ((x, w), (same, torch.ones(40, 300).bfloat16())):
+        y, expected = linear(rows, PackedLinear(weight, dtype=torch.bfloat16)), rows.double() @ weight.double().T
+        assert (y - expected).abs().max() < 4e-3 * expected.abs().max()
 
 
 def test_gated_linear():
@@ -314,12 +348,12 @@ def test_says_why_it_is_off(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     try:
         for compiler, words in (("no-such-compiler", "no C compiler"), ("false", "'false' failed")):
-            native._library.cache_clear()
+            native_linear.library.cache_clear()
             monkeypatch.setenv("CC", compiler)
             assert words in NativeForward.supported(config)
     finally:
         monkeypatch.undo()
-        native._library.cache_clear()
+        native_linear.library.cache_clear()
     assert NativeForward.supported(config) is None
 
 

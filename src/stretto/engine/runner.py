@@ -95,7 +95,7 @@ class Runner:
         weight = weight.detach().to(here)
         if self.native is None:
             return Matrix(weight)
-        from stretto.models.native import PackedLinear
+        from stretto.models.native_linear import PackedLinear
 
         return Matrix(weight, PackedLinear(weight, dtype=self.native.weight_dtype))
 

@@ -255,17 +255,61 @@ static void item(
     }
 }
 
-void attention(Run *r, int phase, int layer, const float *qkv, float *out, void *scratch, int64_t keys) {
+/* Rotate the two halves of one head; then times ``scale``. */
+static void rotate(float *x, const float *cos, const float *sin, int half, float scale) {
+    for (int j = 0; j < half; j++) {
+        float a = x[j], b = x[j + half];
+        x[j] = (a * cos[j] - b * sin[j]) * scale;
+        x[j + half] = (b * cos[j] + a * sin[j]) * scale;
+    }
+}
+
+static void put_kv(void *pool, int64_t at, const float *x, int n, int bf16) {
+    if (bf16)
+        for (int j = 0; j < n; j++) ((uint16_t *)pool)[at + j] = float_to_bf16(x[j]);
+    else memcpy((float *)pool + at, x, n * sizeof *x);
+}
+
+/* Kv head g of row i and the queries that share it: norm and rotation of q and k in place (q also times the softmax
+   scale); k and v to their slot. */
+static void rope(const Model *m, const Batch *b, int layer, int64_t i, int g, float *qkv) {
+    const Layer *l = &m->layers[layer];
+    const int D = m->D, A = m->A, G = m->G, R = A / G;
+    float *row = qkv + i * (A + 2 * G) * D, *k = row + (A + g) * D;
+    const float *cos = m->cos + (int64_t)b->positions[i] * (D / 2), *sin = m->sin + (int64_t)b->positions[i] * (D / 2);
+    for (int h = 0; h <= R; h++) {
+        float *x = h < R ? row + (g * R + h) * D : k;
+        const float *weight = h < R ? l->q_norm : l->k_norm;
+        if (weight) rms_norm(x, weight, D, m->eps, x);
+        rotate(x, cos, sin, D / 2, h < R ? m->scale : 1.0f);
+    }
+    const int64_t at = (((int64_t)layer * b->S + b->slots[i]) * G + g) * D;
+    put_kv(b->k_pool, at, k, D, b->kv_bf16);
+    put_kv(b->v_pool, at, k + G * D, D, b->kv_bf16);
+}
+
+/* qkv [n, (A + 2 G) D], changed in place; out [n, A D]. Few rows: an item is a kv head of all of them, so it has all new
+   keys that it needs; else the keys of all rows come first. */
+void attention(Run *r, int *phase, int thread, int layer, float *qkv, float *out, void *scratch, int64_t keys) {
     const Model *m = r->m;
     const Batch *b = r->b;
+    const int together = b->n <= ROWS && m->G % r->team->threads == 0;
     int64_t rows = b->n * m->G / (4 * r->team->threads); /* about four items a thread */
-    rows = rows < 1 ? 1 : rows > ROWS ? ROWS : rows;
-    const int64_t blocks = (b->n + rows - 1) / rows, items = blocks * m->G;
-    int mine = 0;
-    for (int64_t i; (i = claim(r, phase)) < items; mine++) {
+    rows = together ? b->n : rows < 1 ? 1 : rows > ROWS ? ROWS : rows;
+    const int64_t blocks = (b->n + rows - 1) / rows;
+    if (!together) {
+        Items it = items_of(r, (*phase)++, thread, b->n);
+        for (int64_t i; (i = take(&it)) >= 0;)
+            for (int g = 0; g < m->G; g++) rope(m, b, layer, i, g, qkv);
+        finish_phase(&it);
+    }
+    Items it = items_of(r, (*phase)++, thread, blocks * m->G);
+    for (int64_t i; (i = take(&it)) >= 0;) {
         const int64_t row0 = i % blocks * rows;
         const int count = (int)(b->n - row0 < rows ? b->n - row0 : rows), g = (int)(i / blocks);
+        if (together)
+            for (int j = 0; j < count; j++) rope(m, b, layer, j, g, qkv);
         item(m, b, layer, g, row0, count, qkv, out, scratch, keys);
     }
-    finish_phase(r, phase, mine, items);
+    finish_phase(&it);
 }

@@ -29,12 +29,12 @@ int bad_entries(const Model *m, const Batch *b) {
     return 0;
 }
 
-void enter_rows(Run *r, int *phase, int layer, float *x) {
+void enter_rows(Run *r, int *phase, int thread, int layer, float *x) {
     const int H = r->m->H;
     for (int64_t e = 0; e < r->b->n_entries; e++) {
         const Entry *n = &r->b->entries[e];
         if (n->layer != layer) continue;
-        Product p = {n->matrix, x, n->sources, x + (int64_t)n->first * H, n->n, H, H, STORE};
-        product(r, (*phase)++, &p);
+        Product p = {n->matrix, x, n->sources, x + (int64_t)n->first * H, n->n, H, H, STORE, NULL, 0};
+        product(r, phase, thread, &p);
     }
 }

@@ -10,13 +10,13 @@
 #include <sched.h>
 
 #define SPINS 4000    /* before a waiting thread offers its core to others: some 50 us */
-#define PHASES 12     /* counters of a layer, at most */
+#define PHASES 16     /* of a layer, at most */
 #define ALIGN(x) (((size_t)(x) + 63) / 64 * 64)
 
-void finish_phase(Run *r, int phase, int mine, int64_t items) {
-    Counter *c = &r->counters[phase];
-    if (mine) __atomic_fetch_add(&c->done, mine, __ATOMIC_RELEASE);
-    for (int i = 0; __atomic_load_n(&c->done, __ATOMIC_ACQUIRE) < items; i++) {
+void finish_phase(const Items *it) {
+    Counter *c = &it->r->counters[it->phase];
+    if (it->mine) __atomic_fetch_add(&c->done, it->mine, __ATOMIC_RELEASE);
+    for (int i = 0; __atomic_load_n(&c->done, __ATOMIC_ACQUIRE) < it->items; i++) {
         if (i < SPINS) PAUSE();
         else sched_yield();
     }
@@ -36,27 +36,13 @@ void run_team(Run *r) {
 /* ---- pieces of a layer ---- */
 
 typedef struct {
-    float *x, *h, *qkv, *att, *act, *y, *scores, *weights; /* see layout() */
+    float *x, *qkv, *att, *act, *y, *scores, *weights; /* see layout() */
     int32_t *chosen, *row_of, *place, *starts;
     char *attention;
     int64_t keys; /* the longest list of visible keys, where a window needs it */
     size_t attention_each;
     int32_t act_ld, scores_ld;
 } Work;
-
-/* y = x / rms(x) * weight over n values */
-static void rms_norm(const float *x, const float *weight, int n, float eps, float *y) {
-    vf a = splat(0.0f), b = a;
-    int i = 0;
-    float tail = 0;
-    for (; i + 2 * VL <= n; i += 2 * VL) {
-        vf u = load(x + i), v = load(x + i + VL);
-        a += u * u, b += v * v;
-    }
-    for (; i < n; i++) tail += x[i] * x[i];
-    const float scale = 1.0f / sqrtf((sum_lanes(a + b) + tail) / n + eps);
-    for (int j = 0; j < n; j++) y[j] = x[j] * scale * weight[j];
-}
 
 /* Which of the given embeddings row i has, or -1. */
 static int64_t given(const Batch *b, int64_t i) {
@@ -65,13 +51,13 @@ static int64_t given(const Batch *b, int64_t i) {
     return -1;
 }
 
-static void embed(Run *r, int phase) {
+static void embed(Run *r, int phase, int thread) {
     const Model *m = r->m;
     const Batch *b = r->b;
     const int H = m->H;
     Work *w = r->work;
-    int mine = 0;
-    for (int64_t i; (i = claim(r, phase)) < b->n; mine++) {
+    Items it = items_of(r, phase, thread, b->n);
+    for (int64_t i; (i = take(&it)) >= 0;) {
         float *x = w->x + i * H;
         const int64_t e = given(b, i);
         if (e >= 0) memcpy(x, b->embeds + e * H, H * sizeof *x);
@@ -79,65 +65,28 @@ static void embed(Run *r, int phase) {
             for (int j = 0; j < H; j++) x[j] = bf16_to_float(((const uint16_t *)m->embed)[b->tokens[i] * H + j]);
         else memcpy(x, (const float *)m->embed + b->tokens[i] * H, H * sizeof *x);
     }
-    finish_phase(r, phase, mine, b->n);
+    finish_phase(&it);
 }
 
-/* h = norm(x), and x to the tap, if there is one */
-static void norm_rows(Run *r, int phase, const float *weight, float *tap) {
+/* The states of all rows to a tap, normed by ``weight`` if there is one */
+static void tap_rows(Run *r, int *phase, int thread, const float *weight, float *tap) {
     const int H = r->m->H;
-    Work *w = r->work;
-    int mine = 0;
-    for (int64_t i; (i = claim(r, phase)) < r->b->n; mine++) {
-        if (tap) memcpy(tap + i * H, w->x + i * H, H * sizeof(float));
-        rms_norm(w->x + i * H, weight, H, r->m->eps, w->h + i * H);
+    const Work *w = r->work;
+    if (!tap) return;
+    Items it = items_of(r, (*phase)++, thread, r->b->n);
+    for (int64_t i; (i = take(&it)) >= 0;) {
+        if (weight) rms_norm(w->x + i * H, weight, H, r->m->eps, tap + i * H);
+        else memcpy(tap + i * H, w->x + i * H, H * sizeof(float));
     }
-    finish_phase(r, phase, mine, r->b->n);
-}
-
-/* Rotate the two halves of one head; then times ``scale``. */
-static void rotate(float *x, const float *cos, const float *sin, int half, float scale) {
-    for (int j = 0; j < half; j++) {
-        float a = x[j], b = x[j + half];
-        x[j] = (a * cos[j] - b * sin[j]) * scale;
-        x[j + half] = (b * cos[j] + a * sin[j]) * scale;
-    }
-}
-
-static void put_kv(void *pool, int64_t at, const float *x, int n, int bf16) {
-    if (bf16)
-        for (int j = 0; j < n; j++) ((uint16_t *)pool)[at + j] = float_to_bf16(x[j]);
-    else memcpy((float *)pool + at, x, n * sizeof *x);
-}
-
-/* q and k: norm and rotation, in place (q also times the softmax scale); k and v to their slots */
-static void rope_rows(Run *r, int phase, int layer) {
-    const Model *m = r->m;
-    const Batch *b = r->b;
-    const Layer *l = &m->layers[layer];
-    Work *w = r->work;
-    const int D = m->D, A = m->A, G = m->G;
-    int mine = 0;
-    for (int64_t i; (i = claim(r, phase)) < b->n; mine++) {
-        float *row = w->qkv + i * (A + 2 * G) * D;
-        const float *cos = m->cos + (int64_t)b->positions[i] * (D / 2), *sin = m->sin + (int64_t)b->positions[i] * (D / 2);
-        for (int h = 0; h < A + G; h++) {
-            const float *weight = h < A ? l->q_norm : l->k_norm;
-            if (weight) rms_norm(row + h * D, weight, D, m->eps, row + h * D);
-            rotate(row + h * D, cos, sin, D / 2, h < A ? m->scale : 1.0f);
-        }
-        const int64_t at = ((int64_t)layer * b->S + b->slots[i]) * G * D;
-        put_kv(b->k_pool, at, row + A * D, G * D, b->kv_bf16);
-        put_kv(b->v_pool, at, row + (A + G) * D, G * D, b->kv_bf16);
-    }
-    finish_phase(r, phase, mine, b->n);
+    finish_phase(&it);
 }
 
 /* Softmax over the experts, the top_k of it (lowest number first among equals) */
-static void route_rows(Run *r, int phase, const Layer *l) {
+static void route_rows(Run *r, int phase, int thread, const Layer *l) {
     Work *w = r->work;
     const int E = l->experts, K = l->top_k, ld = w->scores_ld;
-    int mine = 0;
-    for (int64_t i; (i = claim(r, phase)) < r->b->n; mine++) {
+    Items it = items_of(r, phase, thread, r->b->n);
+    for (int64_t i; (i = take(&it)) >= 0;) {
         float *s = w->scores + i * ld, *weights = w->weights + i * K, top = s[0], total;
         vf sum = splat(0.0f);
         for (int e = 1; e < E; e++) top = s[e] > top ? s[e] : top;
@@ -159,7 +108,7 @@ static void route_rows(Run *r, int phase, const Layer *l) {
         if (l->renormalize)
             for (int j = 0; j < K; j++) weights[j] /= kept;
     }
-    finish_phase(r, phase, mine, r->b->n);
+    finish_phase(&it);
 }
 
 /* Rows sorted by expert: starts [E + 1], row_of [place], place [row * K + j]. */
@@ -179,58 +128,60 @@ static void group(const Run *r, const Layer *l) {
 }
 
 /* One product for each expert that has rows. up: from h by row_of into act; else from act into y. */
-static void expert_products(Run *r, int phase, const Layer *l, int up) {
+static void expert_products(Run *r, int phase, int thread, const Layer *l, int up) {
     Work *w = r->work;
     const Mat *mats = up ? l->expert_gate_up : l->expert_down;
     const int all = panels(mats), chunk = chunk_panels(mats, 1), chunks = (all + chunk - 1) / chunk;
     const int H = r->m->H;
     const int64_t items = (int64_t)chunks * l->experts;
-    int mine = 0;
-    for (int64_t i; (i = claim(r, phase)) < items; mine++) {
+    const float *h = (float *)(r->own + (r->b->n <= FEW ? thread * r->own_each : 0)); /* as the router read it */
+    Items it = items_of(r, phase, thread, items);
+    for (int64_t i; (i = take(&it)) >= 0;) {
         const int e = (int)(i / chunks), first = (int)(i % chunks) * chunk;
         const int64_t at = w->starts[e], n = w->starts[e + 1] - at;
         if (!n) continue;
-        Product p = {&mats[e], w->h, w->row_of + at, w->act + at * w->act_ld, n, H, w->act_ld, STORE};
-        if (!up) p = (Product){&mats[e], w->act + at * w->act_ld, NULL, w->y + at * H, n, w->act_ld, H, STORE};
+        Product p = {&mats[e], h, w->row_of + at, w->act + at * w->act_ld, n, H, w->act_ld, STORE, NULL, 0};
+        if (!up) p = (Product){&mats[e], w->act + at * w->act_ld, NULL, w->y + at * H, n, w->act_ld, H, STORE, NULL, 0};
         product_part(&p, first, first + chunk < all ? first + chunk : all);
     }
-    finish_phase(r, phase, mine, items);
+    finish_phase(&it);
 }
 
-static void combine_rows(Run *r, int phase, const Layer *l) {
+static void combine_rows(Run *r, int phase, int thread, const Layer *l) {
     Work *w = r->work;
     const int H = r->m->H, K = l->top_k;
-    int mine = 0;
-    for (int64_t i; (i = claim(r, phase)) < r->b->n; mine++) {
+    Items it = items_of(r, phase, thread, r->b->n);
+    for (int64_t i; (i = take(&it)) >= 0;) {
         for (int j = 0; j < H; j++) {
             float sum = 0;
             for (int k = 0; k < K; k++) sum += w->weights[i * K + k] * w->y[(int64_t)w->place[i * K + k] * H + j];
             w->x[i * H + j] += sum;
         }
     }
-    finish_phase(r, phase, mine, r->b->n);
+    finish_phase(&it);
 }
 
-static void mlp(Run *r, int *phase, const Layer *l) {
+static void mlp(Run *r, int *phase, int thread, const Layer *l) {
     const int H = r->m->H;
     const int64_t n = r->b->n;
+    const float eps = r->m->eps;
     Work *w = r->work;
     if (!l->experts) {
-        Product up = {&l->gate_up, w->h, NULL, w->act, n, H, w->act_ld, STORE};
-        Product down = {&l->down, w->act, NULL, w->x, n, w->act_ld, H, ADD};
-        product(r, (*phase)++, &up);
-        product(r, (*phase)++, &down);
+        Product up = {&l->gate_up, w->x, NULL, w->act, n, H, w->act_ld, STORE, l->norm2, eps};
+        Product down = {&l->down, w->act, NULL, w->x, n, w->act_ld, H, ADD, NULL, 0};
+        product(r, phase, thread, &up);
+        product(r, phase, thread, &down);
         return;
     }
-    Product router = {&l->router, w->h, NULL, w->scores, n, H, w->scores_ld, STORE};
-    product(r, (*phase)++, &router);
-    route_rows(r, (*phase)++, l);
-    const int mine = claim(r, *phase) == 0;
-    if (mine) group(r, l);
-    finish_phase(r, (*phase)++, mine, 1);
-    expert_products(r, (*phase)++, l, 1);
-    expert_products(r, (*phase)++, l, 0);
-    combine_rows(r, (*phase)++, l);
+    Product router = {&l->router, w->x, NULL, w->scores, n, H, w->scores_ld, STORE, l->norm2, eps};
+    product(r, phase, thread, &router);
+    route_rows(r, (*phase)++, thread, l);
+    Items it = items_of(r, (*phase)++, thread, 1);
+    if (take(&it) == 0) group(r, l);
+    finish_phase(&it);
+    expert_products(r, (*phase)++, thread, l, 1);
+    expert_products(r, (*phase)++, thread, l, 0);
+    combine_rows(r, (*phase)++, thread, l);
 }
 
 static void body(Run *r, int thread) {
@@ -242,28 +193,26 @@ static void body(Run *r, int thread) {
     Batch there = *b; /* the rows that take part so far; counters are shared, so each thread may have its own */
     Run some = *r;
     there.n = rows_at(b, -1), some.b = b = &there, r = &some;
-    embed(r, phase++);
+    embed(r, phase++, thread);
     for (int i = 0; i < m->layers_n; i++) {
         there.n = rows_at(whole, i);
-        enter_rows(r, &phase, i, w->x);
+        enter_rows(r, &phase, thread, i, w->x);
         const Layer *l = &m->layers[i];
-        Product qkv = {&l->qkv, w->h, NULL, w->qkv, b->n, H, width, STORE};
-        Product o = {&l->o, w->att, NULL, w->x, b->n, m->A * m->D, H, ADD};
-        norm_rows(r, phase++, l->norm1, b->taps[i]);
-        product(r, phase++, &qkv);
-        rope_rows(r, phase++, i);
-        attention(r, phase++, i, w->qkv, w->att, w->attention + thread * w->attention_each, w->keys);
-        product(r, phase++, &o);
-        norm_rows(r, phase++, l->norm2, NULL);
-        mlp(r, &phase, l);
+        Product qkv = {&l->qkv, w->x, NULL, w->qkv, b->n, H, width, STORE, l->norm1, m->eps};
+        Product o = {&l->o, w->att, NULL, w->x, b->n, m->A * m->D, H, ADD, NULL, 0};
+        tap_rows(r, &phase, thread, NULL, b->taps[i]);
+        product(r, &phase, thread, &qkv);
+        attention(r, &phase, thread, i, w->qkv, w->att, w->attention + thread * w->attention_each, w->keys);
+        product(r, &phase, thread, &o);
+        mlp(r, &phase, thread, l);
     }
     there.n = rows_at(whole, m->layers_n);
-    enter_rows(r, &phase, m->layers_n, w->x);
-    if (!b->k && !b->taps[m->layers_n] && !b->taps[m->layers_n + 1]) return;
-    norm_rows(r, phase++, m->norm, b->taps[m->layers_n]);
-    if (b->taps[m->layers_n + 1] && thread == 0) memcpy(b->taps[m->layers_n + 1], w->h, b->n * H * sizeof(float));
-    Product head = {&m->head, w->h, b->logit_rows, b->logits, b->k, H, m->V, STORE};
-    product(r, phase++, &head);
+    enter_rows(r, &phase, thread, m->layers_n, w->x);
+    tap_rows(r, &phase, thread, NULL, b->taps[m->layers_n]);
+    tap_rows(r, &phase, thread, m->norm, b->taps[m->layers_n + 1]);
+    if (!b->k) return;
+    Product head = {&m->head, w->x, b->logit_rows, b->logits, b->k, H, m->V, STORE, m->norm, m->eps};
+    product(r, &phase, thread, &head);
 }
 
 /* ---- entry points ---- */
@@ -317,7 +266,6 @@ static size_t layout(const Model *m, const Batch *b, Work *w, char *at) {
     w->attention_each = attention_bytes(m, w->keys);
 #define TAKE(field, count) w->field = (void *)at, at += ALIGN((count) * 4)
     TAKE(x, n * m->H);
-    TAKE(h, n * m->H);
     TAKE(qkv, n * (m->A + 2 * m->G) * m->D);
     TAKE(att, n * m->A * m->D);
     TAKE(act, pairs * w->act_ld);
@@ -354,28 +302,46 @@ int stretto_forward(Model *m, Batch *b) {
     Work w;
     const int wrong = open_batch(m, b);
     if (wrong || !b->n) return wrong;
-    const size_t counters = ALIGN((m->layers_n * PHASES + 8 + b->n_entries) * sizeof(Counter)), bytes = layout(m, b, &w, 0);
-    char *memory = scratch(m, counters + bytes);
+    const int64_t phases = ((m->layers_n + 1) * PHASES + 2 * b->n_entries + 15) / 16 * 16;
+    const int64_t rows = b->n > b->k ? b->n : b->k;
+    const int widest = m->A * m->D > m->I ? m->A * m->D : m->I, k = widest > m->H ? widest : m->H;
+    const size_t counters = phases * sizeof(Counter), taken = ALIGN(m->team.threads * phases * 4);
+    const size_t own_each = own_bytes(rows < FEW ? rows : FEW, k), all = own_bytes(rows, k);
+    const size_t own = own_each * m->team.threads > all ? own_each * m->team.threads : all, bytes = layout(m, b, &w, 0);
+    char *memory = scratch(m, counters + taken + own + bytes);
     if (!memory) return -1;
-    layout(m, b, &w, memory + counters);
-    memset(memory, 0, counters);
+    layout(m, b, &w, memory + counters + taken + own);
+    memset(memory, 0, counters + taken);
     for (int64_t i = 0; i < b->n; i++) b->pool_positions[b->slots[i]] = b->positions[i];
-    Run r = {.body = body, .team = &m->team, .counters = (Counter *)memory, .m = m, .b = b, .work = &w};
+    Run r = {
+        .body = body, .team = &m->team, .counters = (Counter *)memory, .taken = (int32_t *)(memory + counters),
+        .phases = phases, .own = memory + counters + taken, .own_each = own_each, .m = m, .b = b, .work = &w};
     run_team(&r);
     return 0;
 }
 
+int stretto_halves(void) { return HALF; }
+
 static void product_body(Run *r, int thread) {
-    (void)thread;
-    product(r, 0, r->work);
+    int phase = 0;
+    product(r, &phase, thread, r->work);
 }
 
-/* out [n, N] = x [n, K] of the linear */
-void stretto_linear(Team *team, const Mat *m, const float *x, int64_t n, float *out) {
-    Counter counter = {0};
-    Product p = {m, x, NULL, out, n, m->k, m->n, STORE};
-    Run r = {.body = product_body, .team = team, .counters = &counter, .work = &p};
+/* out [n, N] = x [n, K] of the linear; 0, or -1: out of memory */
+int stretto_linear(Team *team, const Mat *m, const float *x, int64_t n, float *out) {
+    const size_t counters = 16 * sizeof(Counter), taken = ALIGN(team->threads * 16 * 4);
+    const size_t own_each = own_bytes(n < FEW ? n : FEW, m->k), all = own_bytes(n, m->k);
+    const size_t own = own_each * team->threads > all ? own_each * team->threads : all;
+    void *memory;
+    if (posix_memalign(&memory, 64, counters + taken + own)) return -1;
+    memset(memory, 0, counters + taken);
+    Product p = {m, x, NULL, out, n, m->k, m->n, STORE, NULL, 0};
+    Run r = {
+        .body = product_body, .team = team, .counters = memory, .taken = (int32_t *)((char *)memory + counters),
+        .phases = 16, .own = (char *)memory + counters + taken, .own_each = own_each, .work = &p};
     run_team(&r);
+    free(memory);
+    return 0;
 }
 
 /* out [n]: the column of each row's largest value, the lowest of equals */

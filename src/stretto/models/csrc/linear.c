@@ -10,6 +10,7 @@
 #endif
 #define KB 256 /* inputs of a block: 16 KB of float32 weights on AVX2, half of L1 */
 #define MB 96  /* rows of a tile */
+#define FAR (VL == 16 ? 16384 : 0) /* bytes ahead that are fetched into L2; measured on one such machine, so only there */
 
 int panels(const Mat *m) { return m->gated ? (m->n + VL - 1) / VL : (m->n + PW - 1) / PW; }
 
@@ -37,6 +38,7 @@ INLINE void block(
             KEEP(wv[2 * p]);
             KEEP(wv[2 * p + 1]);
             __builtin_prefetch(ahead + p * panel + k * step, 0, 3);
+            if (FAR) __builtin_prefetch(ahead + p * panel + k * step + FAR, 0, 2);
         }
         UNROLL for (int r = 0; r < mr; r++) {
             float xv = x[r][k0 + k];
@@ -69,14 +71,15 @@ INLINE void rows_block(
 
 INLINE vf silu(vf x) { return x / (vexp(-x) + 1.0f); }
 
-/* Bias, activation, and the way out of one panel of a tile. */
-static void finish(const Product *p, int panel, int64_t row0, int rows, const float *tile) {
+/* Scale (times ``factors`` [rows], if there are any), bias, activation, and the way out of one panel of a tile. */
+void finish_panel(const Product *p, int panel, int64_t row0, int rows, const float *tile, const float *factors) {
     const Mat *m = p->m;
     const int width = m->gated ? VL : PW, col = panel * width;
     const int cols = m->n - col < width ? m->n - col : width;
     const float *bias = m->bias ? m->bias + panel * PW : NULL;
     for (int r = 0; r < rows; r++) {
         vf a = load(tile + r * PW), b = load(tile + r * PW + VL);
+        if (factors) a *= factors[r] * m->scale, b *= factors[r] * m->scale;
         if (bias) a += load(bias), b += load(bias + VL);
         float y[PW], *out = p->out + (row0 + r) * p->ldo + col;
         if (m->gated) a = silu(a) * b;
@@ -111,31 +114,81 @@ INLINE void part(const Product *p, int first, int last, const int bf16) {
                     const int a = rows * i / blocks, e = rows * (i + 1) / blocks;
                     /* few rows: some lines ahead in the stream; many: a slice of the next block each */
                     const size_t step = line / blocks;
-                    const char *ahead = blocks == 1 ? w + 4096 : w + kb * line + i * kb * step;
+                    const char *ahead = blocks == 1 ? w + (FAR ? 2048 : 4096) : w + kb * line + i * kb * step;
                     rows_block(e - a, np, bf16, x + a, k0, kb, w, panel, tile + a * PW, ahead, step);
                 }
             }
-            for (int c = 0; c < np; c++) finish(p, j + c, row0, rows, tile + c * MB * PW);
+            for (int c = 0; c < np; c++) finish_panel(p, j + c, row0, rows, tile + c * MB * PW, NULL);
             j += np;
         }
     }
 }
 
 void product_part(const Product *p, int first, int last) {
-    if (p->m->bf16) part(p, first, last, 1);
+    if (p->m->format == BFLOAT) part(p, first, last, 1);
     else part(p, first, last, 0);
 }
 
-/* Panels handed out at once: about a dozen items a thread, of two panels at least (one row reads two at a time). */
+/* Panels handed out at once: 64 KB of weights at least, and about a dozen items a thread at most. */
 int chunk_panels(const Mat *m, int threads) {
-    int c = panels(m) / (12 * threads);
-    return c < 2 ? 2 : c & ~1;
+    const int all = panels(m);
+    const int64_t each = (int64_t)all * m->k * PW * (m->format == FLOAT ? 4 : 2) / threads / 65536;
+    const int items = (each < 1 ? 1 : each > 12 ? 12 : (int)each) * threads;
+    return (all + items - 1) / items;
 }
 
-void product(Run *r, int phase, const Product *p) {
-    const int all = panels(p->m), chunk = chunk_panels(p->m, r->team->threads), items = (all + chunk - 1) / chunk;
-    int mine = 0;
-    for (int i; (i = claim(r, phase)) < items; mine++)
-        product_part(p, i * chunk, (i + 1) * chunk < all ? (i + 1) * chunk : all);
-    finish_phase(r, phase, mine, items);
+/* y = x / rms(x) * weight over n values */
+void rms_norm(const float *x, const float *weight, int n, float eps, float *y) {
+    vf a = splat(0.0f), b = a;
+    int i = 0;
+    float tail = 0;
+    for (; i + 2 * VL <= n; i += 2 * VL) {
+        vf u = load(x + i), v = load(x + i + VL);
+        a += u * u, b += v * v;
+    }
+    for (; i < n; i++) tail += x[i] * x[i];
+    const float scale = 1.0f / sqrtf((sum_lanes(a + b) + tail) / n + eps);
+    for (int j = 0; j < n; j++) y[j] = x[j] * scale * weight[j];
+}
+
+/* What prepare() may write for n rows of k inputs. */
+size_t own_bytes(int64_t n, int64_t k) { return ((size_t)n * k * 4 + half_bytes(n, k) + 63) / 64 * 64; }
+
+/* Rows first..last-1 of p as the kernels read them: normed into ``own``, then packed behind that. */
+static void prepare_rows(const Product *p, int64_t first, int64_t last, char *own) {
+    Product q = *p;
+    if (p->norm) {
+        const int64_t k = p->m->k;
+        for (int64_t i = first; i < last; i++)
+            rms_norm(p->x + (p->gather ? p->gather[i] : i) * p->ldx, p->norm, k, p->eps, (float *)own + i * k);
+        q.x = (float *)own, q.ldx = k, q.gather = NULL;
+    }
+    if (p->m->format == HALVES) half_pack(&q, first, last, own + (p->norm ? p->n * p->m->k * 4 : 0));
+}
+
+/* Prepares all rows; where they are then. */
+static char *prepare(Run *r, int *phase, int thread, const Product *p) {
+    if (p->n <= FEW) {
+        char *own = r->own + thread * r->own_each;
+        prepare_rows(p, 0, p->n, own);
+        return own;
+    }
+    Items it = items_of(r, (*phase)++, thread, (p->n + 3) / 4);
+    for (int64_t i; (i = take(&it)) >= 0;) prepare_rows(p, 4 * i, 4 * i + 4 < p->n ? 4 * i + 4 : p->n, r->own);
+    finish_phase(&it);
+    return r->own;
+}
+
+void product(Run *r, int *phase, int thread, const Product *p) {
+    const int all = panels(p->m), chunk = chunk_panels(p->m, r->team->threads), half = p->m->format == HALVES;
+    Product q = *p;
+    char *own = p->norm || half ? prepare(r, phase, thread, p) : NULL;
+    if (p->norm) q.x = (float *)own, q.ldx = p->m->k, q.gather = NULL, own += p->n * p->m->k * 4;
+    Items it = items_of(r, (*phase)++, thread, (all + chunk - 1) / chunk);
+    for (int64_t i; (i = take(&it)) >= 0;) {
+        const int first = (int)i * chunk, last = first + chunk < all ? first + chunk : all;
+        if (half) half_part(&q, own, first, last);
+        else product_part(&q, first, last);
+    }
+    finish_phase(&it);
 }

@@ -1,4 +1,4 @@
-/* The decoder's forward on a CPU: types, vectors and threads that linear.c, attention.c and forward.c share.
+/* The decoder's forward on a CPU: types, vectors and threads that linear.c, half.c, attention.c and forward.c share.
 
    Legend: n rows of the batch, k rows that need logits, H hidden, A heads, G kv heads (R = A / G query heads share
    one), D head_dim, I intermediate, V vocabulary, S slots of the K/V pool, T threads.
@@ -6,7 +6,7 @@
    Exactness. Every number of a row is a sum in an order that depends on the row alone: linears add over their inputs
    in order, in blocks of fixed size; attention adds over the row's own list of visible keys, in chunks counted from
    the start of that list. So a row's bits depend neither on the other rows nor on slots nor on threads. The model's
-   arithmetic is float32 whatever the weights are stored in. */
+   arithmetic is float32, but for linears in half precision, which half.c describes. */
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -22,6 +22,11 @@
 #endif
 #endif
 #define PW (2 * VL) /* columns of a panel of weights */
+#if defined(__AVX512FP16__) && VL == 16
+#define HALF 1 /* there are products in half precision */
+#else
+#define HALF 0
+#endif
 #define INLINE static inline __attribute__((always_inline))
 #ifdef __clang__
 #define UNROLL _Pragma("unroll")
@@ -45,13 +50,17 @@ typedef uint16_t vh __attribute__((vector_size(2 * VL)));
 
 /* ---- what Python fills in (the ctypes structures of native.py, field by field) ---- */
 
-/* A linear y = W x + bias with n outputs and k inputs. w: panels of PW columns, [panel][k][PW]; bfloat16 holds
-   columns j and j + VL of a panel as the low and high half of word j. gated: n gates and n ups; a panel holds VL
-   gates, then their VL ups, and the output is silu(gate) * up. bias: NULL or float32 in panel order. */
+enum { FLOAT, BFLOAT, HALVES };
+
+/* A linear y = W x + bias with n outputs and k inputs. w: panels of PW columns, [panel][k][PW], times ``scale``, in one
+   of three formats. BFLOAT holds columns j and j + VL of a panel as the low and high half of word j. gated: n gates and
+   n ups; a panel holds VL gates, then their VL ups, and the output is silu(gate) * up. bias: NULL or float32 in panel
+   order. scale: 1 but for HALVES. */
 typedef struct {
     const void *w;
     const float *bias;
-    int32_t n, k, bf16, gated;
+    int32_t n, k, format, gated;
+    float scale;
 } Mat;
 
 typedef struct {
@@ -158,11 +167,12 @@ INLINE float sum_lanes(vf v) {
 
 /* ---- threads: one parallel region a forward, of phases; a phase is over when all of its items are done ---- */
 
-/* A thread takes items as long as there are any, then waits for those that others still work on. Who does not come
-   (on a busy machine a thread may not run for a while) is not waited for: it finds its phases done. */
+/* A thread takes the items of its own share, in order (so it reads memory in order, and the same memory in every
+   forward), then what is left of the others', then waits for those that others still work on. Who does not come (on a
+   busy machine a thread may not run for a while) is not waited for: it finds its phases done. */
 typedef struct {
-    int32_t next, done;
-    char pad[56]; /* a cache line each */
+    int32_t done;
+    char pad[60]; /* a cache line each */
 } Counter;
 
 typedef struct Run {
@@ -170,22 +180,48 @@ typedef struct Run {
     Team *team;
     int32_t ticket;
     Counter *counters; /* one a phase, zero at the start */
+    int32_t *taken;    /* [threads][phases]: items taken of this thread's share; zero at the start */
+    int64_t phases;    /* a multiple of 16 */
+    char *own;         /* [threads][own_each]: what each thread prepares for its products */
+    size_t own_each;
     const Model *m;
     const Batch *b;
     void *work;
 } Run;
 
-/* The next item of phase p, from 0 upwards. */
-INLINE int claim(Run *r, int p) { return __atomic_fetch_add(&r->counters[p].next, 1, __ATOMIC_RELAXED); }
+typedef struct {
+    Run *r;
+    int64_t items;
+    int phase, thread, shift, mine; /* shift: whose share it takes from, counted from itself */
+} Items;
 
-void finish_phase(Run *r, int phase, int mine, int64_t items);
+INLINE Items items_of(Run *r, int phase, int thread, int64_t items) { return (Items){r, items, phase, thread, 0, 0}; }
+
+/* The next item, or -1. */
+INLINE int64_t take(Items *it) {
+    const int all = it->r->team->threads;
+    for (; it->shift < all; it->shift++) {
+        const int64_t whose = (it->thread + it->shift) % all;
+        const int64_t first = it->items * whose / all, end = it->items * (whose + 1) / all;
+        int32_t *taken = it->r->taken + whose * it->r->phases + it->phase;
+        if (first + __atomic_load_n(taken, __ATOMIC_RELAXED) >= end) continue;
+        const int64_t i = first + __atomic_fetch_add(taken, 1, __ATOMIC_RELAXED);
+        if (i < end) return it->mine++, i;
+    }
+    return -1;
+}
+
+void finish_phase(const Items *it);
 void run_team(Run *r);
 
-/* ---- linear.c ---- */
+/* ---- linear.c, half.c ---- */
+
+#define FEW 32 /* rows that every thread prepares for itself: cheaper than to wait for one another */
 
 enum { STORE, ADD }; /* what becomes of a result: out = y, or out += y */
 
-/* Rows of a product: row i reads x + index * ldx with index = gather[i], or i; it writes out + i * ldo. */
+/* Rows of a product: row i reads x + index * ldx with index = gather[i], or i; it writes out + i * ldo. norm: NULL, or
+   the weight [k] of the norm that rows pass first. */
 typedef struct {
     const Mat *m;
     const float *x;
@@ -193,20 +229,29 @@ typedef struct {
     float *out;
     int64_t n, ldx, ldo;
     int mode;
+    const float *norm;
+    float eps;
 } Product;
 
 int panels(const Mat *m);
 int chunk_panels(const Mat *m, int threads);
+void rms_norm(const float *x, const float *weight, int n, float eps, float *y);
+size_t own_bytes(int64_t n, int64_t k);
+void finish_panel(const Product *p, int panel, int64_t row0, int rows, const float *tile, const float *factors);
 void product_part(const Product *p, int first, int last); /* panels first..last-1 */
-void product(Run *r, int phase, const Product *p);
+void product(Run *r, int *phase, int thread, const Product *p);
+
+size_t half_bytes(int64_t n, int64_t k);
+void half_pack(const Product *p, int64_t first, int64_t last, char *packed); /* first: a multiple of 4 */
+void half_part(const Product *p, const char *packed, int first, int last);
 
 /* ---- entries.c ---- */
 
 int bad_entries(const Model *m, const Batch *b);
 int64_t rows_at(const Batch *b, int layer); /* how many rows take part behind ``layer`` */
-void enter_rows(Run *r, int *phase, int layer, float *x);
+void enter_rows(Run *r, int *phase, int thread, int layer, float *x);
 
 /* ---- attention.c ---- */
 
 size_t attention_bytes(const Model *m, int64_t keys);
-void attention(Run *r, int phase, int layer, const float *qkv, float *out, void *scratch, int64_t keys);
+void attention(Run *r, int *phase, int thread, int layer, float *qkv, float *out, void *scratch, int64_t keys);
