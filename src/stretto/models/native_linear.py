@@ -115,7 +115,7 @@ class Memory:
             with contextlib.suppress(OSError):
                 pages.madvise(mmap.MADV_HUGEPAGE)
         block = torch.frombuffer(pages, dtype=torch.uint8)
-        self._block, self._used = block[-address(block) % self.PAGE :], 0
+        self._block, self._used = block[-block.data_ptr() % self.PAGE :], 0
 
 
 def _in_panels(weight: Tensor, lanes: int, gated: bool) -> Tensor:
