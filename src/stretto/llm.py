@@ -23,6 +23,7 @@ from stretto.errors import InputError, OptionError, PromptError, UnsupportedErro
 from stretto.models.checkpoint import load
 from stretto.models.context import plain_logits
 from stretto.models.tokenizer import Tokenizer
+from stretto.session import Session
 from stretto.zoo.models import resolve
 
 __all__ = ["LLM", "CompletionOutput", "RequestOutput"]
@@ -134,13 +135,11 @@ class LLM:
         """Queue one request on the engine without running it; one stream per choice."""
         made = self.method(method, options)
         ids = self._encode(prompt)
-        constraint = None
-        if params.regex is not None or params.json_schema is not None:
-            if not getattr(made, "grammar", True):
-                raise UnsupportedError(
-                    f"method {method!r} cannot follow a grammar: it does not commit tokens from left to right"
-                )
-            constraint = compile_constraint(self.tokenizer, params, self.host.stop_ids, self.config.vocab_size)
+        constraint = self.constraint(params)
+        if constraint is not None and not getattr(made, "grammar", True):
+            raise UnsupportedError(
+                f"method {method!r} cannot follow a grammar: it does not commit tokens from left to right"
+            )
         return self.engine.add(
             ids, params, made, decode_text=decode_text, priority=priority, salt=salt, constraint=constraint
         )
@@ -171,6 +170,16 @@ class LLM:
         if key not in self._methods:
             self._methods[key] = make(name, self.host, options)
         return self._methods[key]
+
+    def constraint(self, params: SamplingParams) -> Callable[[], Any] | None:
+        """What makes the grammar of ``params``, if it has one."""
+        if params.regex is None and params.json_schema is None:
+            return None
+        return compile_constraint(self.tokenizer, params, self.host.stop_ids, self.config.vocab_size)
+
+    def session(self, prompt: Prompt, **budget: Any) -> Session:
+        """A session on ``prompt``: threads that fork and join over shared K/V (see ``stretto.session.Session``)."""
+        return Session(self, prompt, **budget)
 
     def logits(self, token_ids: Seq[int]) -> torch.Tensor:
         """A plain forward without cache: float32 [n, vocabulary]."""

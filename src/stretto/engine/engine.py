@@ -23,7 +23,7 @@ from stretto.engine.runner import Runner
 from stretto.engine.sampling import Constraint, Sampler
 from stretto.engine.scheduler import Entry, Scheduler
 from stretto.engine.text import StopChecker, TextDecoder
-from stretto.engine.types import Commit, Method, Outcome, Sequence
+from stretto.engine.types import Commit, Lease, Method, Outcome, Sequence
 from stretto.errors import CapacityError, PromptError
 from stretto.models.batch import ForwardResult
 
@@ -99,22 +99,27 @@ class Engine:
     def add(
         self, prompt: list[int], params: SamplingParams, method: Method, *,
         priority: int = 0, salt: str = "", constraint: Callable[[], Constraint] | None = None,
-        decode_text: bool = False,
+        decode_text: bool = False, lease: Lease | None = None,
     ) -> list[Stream]:
-        """Queue a request; one stream per choice. Raises InputError or CapacityError, and then queues nothing."""
-        self._check(prompt, params)
+        """Queue a request; one stream per choice. Raises InputError or CapacityError, and then queues nothing.
+
+        ``lease``: rows of the prompt that are cached already, and stay when the (only) stream ends.
+        """
+        self._check(prompt, params, lease.shift if lease else 0)
         request, arrival = next(self._requests), time.perf_counter()
         streams: list[Stream] = []
         for choice in range(params.n):
             sampler = Sampler(
                 params, choice=choice, stop_ids=self.host.stop_ids, prompt=prompt,
-                constraint=constraint() if constraint else None,
+                constraint=constraint() if constraint else None, path=lease.path if lease else (),
             )
             seq = Sequence(
-                id=next(self._ids), tokens=list(prompt), prompt_len=len(prompt), params=params,
-                method=method, view=View(self.runner.alloc), sampler=sampler, choice=choice, salt=salt,
+                id=next(self._ids), tokens=list(prompt), prompt_len=len(prompt), params=params, method=method,
+                view=lease.view if lease else View(self.runner.alloc), sampler=sampler, choice=choice, salt=salt,
                 taps=tuple(getattr(method, "taps", ())),
             )
+            if lease is not None:
+                seq.shift, seq.plain, seq.held = lease.shift, lease.plain, True
             seq.logprobs = [] if params.logprobs is not None else None
             method.admit(seq)
             decoder = self._make_decoder(params.skip_special_tokens) if params.stop or decode_text else None
@@ -136,14 +141,14 @@ class Engine:
             self._promote(stream)
             self._end(stream, "abort")
 
-    def _check(self, prompt: list[int], params: SamplingParams) -> None:
+    def _check(self, prompt: list[int], params: SamplingParams, shift: int = 0) -> None:
         limit, vocabulary = self.host.max_model_len, self.runner.vocabulary
         if not prompt:
             raise PromptError("the prompt is empty: give at least one token")
         if min(prompt) < 0 or max(prompt) >= vocabulary:
             bad = next(t for t in prompt if not 0 <= t < vocabulary)
             raise PromptError(f"token id {bad} is not in the vocabulary: ids go from 0 to {vocabulary - 1}")
-        if len(prompt) + params.max_tokens > limit:
+        if len(prompt) + shift + params.max_tokens > limit:
             raise PromptError(
                 f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}: together at most "
                 f"{limit} (max_model_len); shorten the prompt or lower max_tokens"
@@ -245,7 +250,7 @@ class Engine:
             seq.logprobs.append({t: float(law[t]) for t in [token, *top]})
 
     def _share(self, seq: Sequence) -> None:
-        if self.prefix is not None:
+        if self.prefix is not None and seq.plain:
             self.prefix.insert(seq.view, seq.tokens, seq.prefix_salt, min(len(seq.view), len(seq.tokens)))
 
     def _promote(self, stream: Stream) -> None:

@@ -136,6 +136,7 @@ def pack(plans: list[Plan], *, block: int = 1) -> FlatBatch:
     for plan in plans:
         seq, step, lead = plan.seq, plan.step, plan.lead
         start = len(seq.view)
+        first = start + seq.shift
         plan.row, plan.logit = row, logit
         cols, n_cols = _local(plan, block)
         local.append(cols + np.int32(row))
@@ -146,11 +147,11 @@ def pack(plans: list[Plan], *, block: int = 1) -> FlatBatch:
         n = plan.rows
         taps.update(seq.taps)
         if step is None or step.positions is None:
-            positions.append(np.arange(start, start + n, dtype=np.int32))
+            positions.append(np.arange(first, first + n, dtype=np.int32))
         else:
             if lead:
-                positions.append(np.arange(start, start + lead, dtype=np.int32))
-            positions.append(np.asarray(step.positions, np.int32))
+                positions.append(np.arange(first, first + lead, dtype=np.int32))
+            positions.append(np.asarray(step.positions, np.int32) + np.int32(seq.shift))
         if step is not None:
             tokens += step.tokens
             wanted = range(len(step)) if step.logits is None else step.logits
@@ -198,6 +199,7 @@ def _singles(plans: list[Plan]) -> FlatBatch:
     n = len(plans)
     views = [p.seq.view.slots for p in plans]
     lengths = np.fromiter(map(len, views), np.int32, n)
+    shifts = [p.seq.shift for p in plans]
     rows = np.arange(n + 1, dtype=np.int32)
     for i, plan in enumerate(plans):
         plan.row = plan.logit = i
@@ -205,7 +207,7 @@ def _singles(plans: list[Plan]) -> FlatBatch:
     lengths.cumsum(out=ptr[1:])
     return FlatBatch(
         tokens=np.fromiter((p.step.tokens[0] for p in plans), np.int64, n),
-        positions=lengths,
+        positions=lengths + np.array(shifts, np.int32) if any(shifts) else lengths,
         slots=plans[0].slots if n == 1 else np.concatenate([p.slots for p in plans]),
         context_of=rows[:-1],
         context=views[0] if n == 1 else np.concatenate(views),

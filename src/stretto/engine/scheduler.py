@@ -52,11 +52,12 @@ class Scheduler:
         self.waiting.sort(key=lambda e: e.rank)
 
     def remove(self, entry: Entry) -> None:
-        """Forget an entry wherever it is; its view is released."""
+        """Forget an entry wherever it is; its view is released, unless it is lent."""
         for queue in (self.waiting, self.running):
             if entry in queue:
                 queue.remove(entry)
-        entry.seq.view.release()
+        if not entry.seq.held:
+            entry.seq.view.release()
 
     def plan(self) -> list[Plan]:
         """The plans of the next forward, slots allotted; empty when there is nothing to do."""
@@ -79,7 +80,8 @@ class Scheduler:
             if self.running and need > self._alloc.free:
                 self._reclaim(need)
                 if need > self._alloc.free:
-                    seq.view.release()
+                    if not seq.held:
+                        seq.view.release()
                     return
             if seq.metrics.started is None:
                 seq.metrics.started = time.perf_counter()
@@ -172,7 +174,7 @@ class Scheduler:
     def _victim(self, asking: Sequence) -> Entry | None:
         """The least important running entry behind ``asking``, down to ``asking`` itself; the first is never one."""
         for entry in reversed(self.running[1:]):
-            if entry.seq.method.preemptible(entry.seq):
+            if not entry.seq.held and entry.seq.method.preemptible(entry.seq):
                 return entry
             if entry.seq is asking:
                 return None

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from stretto.engine.sampling import Sampler
     from stretto.models.entries import Entry
 
-__all__ = ["CAUSAL", "FULL", "Commit", "Method", "Metrics", "Outcome", "Sequence", "Step"]
+__all__ = ["CAUSAL", "FULL", "Commit", "Lease", "Method", "Metrics", "Outcome", "Sequence", "Step"]
 
 CAUSAL = "causal"  # a row of the step sees the rows before it, and itself
 FULL = "full"  # every row of the step sees every row of the step
@@ -143,6 +143,20 @@ class Metrics:
             self.notes.append(text)
 
 
+@dataclass(slots=True, frozen=True)
+class Lease:
+    """Cached rows that the caller lends to a sequence and has back, longer, when it ends.
+
+    ``view``: rows of the first tokens of the prompt. ``shift``: position of a row minus its place in the view, for
+    rows to come. ``path``: branch path, a part of the key of the random numbers. ``plain``: as in Sequence.
+    """
+
+    view: View
+    shift: int = 0
+    path: tuple[int, ...] = ()
+    plain: bool = True
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One stream of tokens: the prompt and what was made final, and what of it is cached."""
@@ -159,6 +173,9 @@ class Sequence:
     taps: tuple[int, ...] = ()  # layers whose states are kept by slot; the method's, the engine writes it
     computed: int = 0  # rows that will be cached when the method's rows run; the engine writes it before propose
     row_limit: int = 1 << 30  # most rows the method may propose now; the engine writes it
+    shift: int = 0  # what is added to every position that the method asks for; not 0 behind a join
+    held: bool = False  # the view is lent by a session: it outlives the sequence and is never dropped
+    plain: bool = True  # the cached rows are those of a plain prefill of ``tokens``; only such are shared
     state: Any = None  # the method's own
     metrics: Metrics = field(default_factory=Metrics)
     logprobs: list[dict[int, float]] | None = None
