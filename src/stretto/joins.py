@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,11 +12,9 @@ from torch import Tensor
 from stretto.errors import InputError, OptionError, UnknownNameError, UnsupportedError
 from stretto.models.rope import apply_rope
 
-if TYPE_CHECKING:
-    from stretto.session import Thread
-
 __all__ = ["JOINS", "join", "turn_keys"]
 
+Thread = Any  # session.Thread, which imports this
 JOINS = ("share", "reencode", "rotate", "gather", "select")
 
 
