@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
@@ -22,9 +22,6 @@ from stretto.engine.params import SamplingParams
 from stretto.engine.types import Commit, Lease, Metrics, Outcome, Sequence, Step
 from stretto.errors import CapacityError, InputError, OptionError
 from stretto.joins import join
-
-if TYPE_CHECKING:
-    from stretto.llm import LLM
 
 __all__ = ["Children", "Event", "Generated", "Session", "Thread", "Usage"]
 
@@ -286,7 +283,7 @@ class Session(Thread):
     """
 
     def __init__(
-        self, llm: LLM, prompt: Text, *, salt: str = "", priority: int = 0, max_threads: int = 64,
+        self, llm: Any, prompt: Text, *, salt: str = "", priority: int = 0, max_threads: int = 64,
         max_evaluated: int | None = None, max_path: int | None = None,
     ):
         self.llm, self.usage = llm, Usage()
