@@ -7,9 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stretto.engine.cache import PrefixCache, SlotAllocator, View
+from stretto.engine.pack import Plan, _pack, pack
 from stretto.engine.params import SamplingParams
 from stretto.engine.sampling import Sampler, noise, truncate
 from stretto.engine.text import StopChecker
+from stretto.engine.types import FULL, Step
 from stretto.errors import CapacityError, OptionError, UnknownNameError
 
 
@@ -197,3 +199,54 @@ def test_penalties_and_bias_by_hand():
     sampler.advance([1, 1])
     out = sampler.process(torch.tensor([1.0, -1.0, 4.0, 0.0]), 2, path=[2])
     assert out.tolist() == [0.5, -2.0 - 0.5 - 0.5, 2.0 - 0.75, 10.0]
+
+
+class Cached:
+    """As much of a sequence as packing looks at: tokens, the first ``length`` of which are cached."""
+
+    taps, shift = (), 3
+
+    def __init__(self, alloc, tokens, length):
+        self.tokens, self.view = tokens, View(alloc)
+        self.view.append(alloc.alloc(length))
+
+
+def a_plan(alloc, length, lead, n, logits):
+    """A chain of ``n`` rows behind ``lead`` prompt rows; n = 0: the prompt rows alone."""
+    seq = Cached(alloc, list(range(100, 100 + length + lead + 1)), length)
+    plan = Plan(seq, lead, Step(list(range(7, 7 + n)), logits=logits) if n else None)  # type: ignore[arg-type]
+    plan.slots = alloc.alloc(plan.rows)
+    return plan
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [[(5, 0, 1, None)], [(0, 9, 1, None)], [(3, 4, 3, (0, 2))], [(2, 6, 0, None)], [(70, 0, 140, None)],
+     [(4, 0, 1, None), (9, 0, 1, None), (1, 0, 1, None)]],
+)  # fmt: skip
+def test_the_short_ways_of_packing_equal_the_long_one(shapes):
+    alloc = SlotAllocator(4096)
+    plans = [a_plan(alloc, *shape) for shape in shapes]
+    got, places = pack(plans), [(p.row, p.logit) for p in plans]
+    expected = _pack(plans, 1)
+    assert places == [(p.row, p.logit) for p in plans]
+    for name in FIELDS:
+        x, y = getattr(got, name), getattr(expected, name)
+        assert x.tolist() == y.tolist() and x.dtype == y.dtype, name
+    assert got.in_one().tolist() == np.concatenate([getattr(got, name) for name in FIELDS[1:]]).tolist()
+
+
+FIELDS = (
+    "tokens", "positions", "slots", "context_of", "context_ptr", "local_ptr", "context", "local", "logit_rows",
+)  # fmt: skip
+
+
+def test_a_step_that_is_no_chain_goes_the_long_way():
+    alloc = SlotAllocator(64)
+    seq = Cached(alloc, list(range(9)), 6)
+    for step in (Step([1, 2], see=FULL), Step([1, 2], see=[-1, -1]), Step([1], positions=[9]), Step([1], context=[(0, 2)])):
+        plan = Plan(seq, 0, step)  # type: ignore[arg-type]
+        plan.slots = alloc.alloc(plan.rows)
+        assert not plan.chain(1)
+        assert pack([plan]).in_one().tolist() == _pack([plan], 1).in_one().tolist()
+    assert not Plan(seq, 3, None).chain(4)  # type: ignore[arg-type]

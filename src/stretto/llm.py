@@ -119,8 +119,11 @@ class LLM:
         try:
             for item, p, m, o in zip(items, params, methods, opts, strict=True):
                 requests.append(self.submit(item, p, method=m, options=o))
-            while any(s.finish_reason is None for streams in requests for s in streams):
+            left = [s for streams in requests for s in streams]
+            while left:
                 self.engine.step()
+                while left and left[-1].finish_reason is not None:
+                    left.pop()
         except BaseException:
             for streams in requests:
                 for stream in streams:

@@ -11,6 +11,8 @@ from stretto.errors import UnsupportedError
 
 __all__ = ["Autoregressive", "Options"]
 
+ROOT = range(1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -40,7 +42,7 @@ class Autoregressive:
         self, seqs: list[Sequence], steps: list[Step], outcomes: list[Outcome]
     ) -> list[Commit]:
         return [
-            Commit([choose(seq, outcome, 0)], keep=(0,), logprob_rows=(0,))
+            Commit([choose(seq, outcome, 0)], keep=ROOT, logprob_rows=ROOT)
             for seq, outcome in zip(seqs, outcomes, strict=True)
         ]
 

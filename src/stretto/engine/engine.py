@@ -162,7 +162,6 @@ class Engine:
 
     def _commits(self, plans: list[Plan], result: ForwardResult) -> list[Commit | None]:
         """Let every method commit its own steps, in the order of ``plans``."""
-        argmax = torch.argmax(result.logits, -1).cpu().numpy()
         groups: dict[Method, list[int]] = {}
         for i, plan in enumerate(plans):
             if plan.step is not None:
@@ -174,7 +173,7 @@ class Engine:
                 p = plans[i]
                 rows = slice(p.row + p.lead, p.row + p.rows)
                 outcomes.append(
-                    Outcome(result.logits, argmax, p.logit, p.logit + p.logits, result.hidden, rows)
+                    Outcome(result.logits, result.argmax, p.logit, p.logit + p.logits, result.hidden, rows)
                 )
             seqs = [plans[i].seq for i in members]
             done = method.commit(seqs, [plans[i].step for i in members], outcomes)
@@ -216,10 +215,13 @@ class Engine:
         view, alloc = seq.view, self.runner.alloc
         if commit.truncate is not None:
             view.truncate(commit.truncate)
-        rows = list(commit.keep)
-        if commit.replace is None and len(rows) == len(slots) and rows == sorted(rows):
-            view.append(slots)
+        rows = commit.keep
+        if commit.replace is None and isinstance(rows, range) and rows.start == 0 and rows.step == 1:
+            view.append(slots[: len(rows)])
+            if len(rows) < len(slots):
+                alloc.release(slots[len(rows) :])
             return
+        rows = list(rows)
         kept = set(rows)
         if commit.replace is not None:
             start, inside = commit.replace

@@ -21,6 +21,8 @@ from stretto.models.entries import Entry
 
 __all__ = ["Plan", "keep_states", "pack"]
 
+NO_ROWS = np.empty(0, np.int32)
+
 
 @dataclass(slots=True)
 class Plan:
@@ -46,21 +48,42 @@ class Plan:
         self.rows = self.lead + n
         self.logits = n if step is None or step.logits is None else len(step.logits)
 
+    def chain(self, block: int) -> bool:
+        """Every row sees the whole view and the rows before it, at consecutive positions."""
+        step = self.step
+        if self.lead and block > 1:
+            return False
+        return step is None or (
+            step.context is None and step.positions is None and step.embeds is None
+            and not step.entries and isinstance(step.see, str) and (step.see == CAUSAL or len(step.tokens) == 1)
+        )
+
     @property
     def single(self) -> bool:
         """One row behind the view, and nothing else."""
-        step = self.step
-        return (
-            self.rows == 1 and step is not None and self.lead == 0 and step.context is None
-            and step.positions is None and step.embeds is None and not step.taps and not step.entries
-            and self.logits == 1
-        )
+        return self.rows == 1 and self.logits == 1 and self.chain(1) and not self.step.taps
+
+
+def _causal(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """(columns, counts) of a lower triangle of n rows."""
+    return _triangle(n)[2], np.arange(1, n + 1, dtype=np.int32)
+
+
+def _triangle(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What every chain of n rows has: context_of [n], local_ptr [n + 1], local."""
+    return _small_triangle(n) if n <= 128 else _make_triangle(n)
+
+
+def _make_triangle(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return np.zeros(n, np.int32), _ptr(np.arange(1, n + 1)), np.tril_indices(n)[1].astype(np.int32)
+
+
+_small_triangle = lru_cache(maxsize=128)(_make_triangle)  # the larger ones are those of prompts, once each
 
 
 @lru_cache(maxsize=512)
-def _causal(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """(columns, counts) of a lower triangle of n rows."""
-    return np.tril_indices(n)[1].astype(np.int32), np.arange(1, n + 1, dtype=np.int32)
+def _numbers(n: int) -> np.ndarray:
+    return np.arange(n, dtype=np.int32)
 
 
 def _ancestors(parent: Seq[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -125,8 +148,15 @@ def _context(plan: Plan) -> np.ndarray:
 
 def pack(plans: list[Plan], *, block: int = 1) -> FlatBatch:
     """One FlatBatch for all plans; writes ``row`` and ``logit`` of each. ``block``: attention of the lead rows."""
+    if len(plans) == 1 and plans[0].chain(block):
+        return _lone(plans[0])
     if all(p.single for p in plans):
         return _singles(plans)
+    return _pack(plans, block)
+
+
+def _pack(plans: list[Plan], block: int) -> FlatBatch:
+    """``pack`` for whatever there is: the reference for its two short ways."""
     tokens: list[int] = []
     positions: list[np.ndarray] = []
     contexts, local, counts, logit_rows, embeds, embed_rows = [], [], [], [], [], []
@@ -144,14 +174,8 @@ def pack(plans: list[Plan], *, block: int = 1) -> FlatBatch:
         contexts.append(_context(plan))
         if lead:
             tokens += seq.tokens[start : start + lead]
-        n = plan.rows
         taps.update(seq.taps)
-        if step is None or step.positions is None:
-            positions.append(np.arange(first, first + n, dtype=np.int32))
-        else:
-            if lead:
-                positions.append(np.arange(first, first + lead, dtype=np.int32))
-            positions.append(np.asarray(step.positions, np.int32) + np.int32(seq.shift))
+        positions += _positions(plan, first)
         if step is not None:
             tokens += step.tokens
             wanted = range(len(step)) if step.logits is None else step.logits
@@ -162,20 +186,14 @@ def pack(plans: list[Plan], *, block: int = 1) -> FlatBatch:
                 embeds.append(step.embeds)
                 embed_rows += [row + lead + i for i in step.embed_rows]
             entries += [e.shifted(row + lead) for e in step.entries]
-        row += n
-    return FlatBatch(
-        tokens=np.array(tokens, np.int64),
-        positions=np.concatenate(positions),
-        slots=np.concatenate([p.slots for p in plans]),
-        context_of=np.repeat(np.arange(len(plans), dtype=np.int32), [p.rows for p in plans]),
-        context=np.concatenate(contexts),
-        context_ptr=_ptr([len(c) for c in contexts]),
-        local=np.concatenate(local),
-        local_ptr=_ptr(np.concatenate(counts)),
-        logit_rows=np.array(logit_rows, np.int32),
-        taps=tuple(sorted(taps)),
-        embeds=torch.cat(embeds) if embeds else None,
-        embed_rows=np.array(embed_rows, np.int32) if embeds else None,
+        row += plan.rows
+    of = np.repeat(_numbers(len(plans)), [p.rows for p in plans])
+    ptr, local_ptr = _ptr([len(c) for c in contexts]), _ptr(np.concatenate(counts))
+    wanted = np.array(logit_rows, np.int32)
+    parts = [*positions, *(p.slots for p in plans), of, ptr, local_ptr, *contexts, *local, wanted]
+    return FlatBatch.lay(
+        np.array(tokens, np.int64), row, len(plans), parts, taps=tuple(sorted(taps)),
+        embeds=torch.cat(embeds) if embeds else None, embed_rows=np.array(embed_rows, np.int32) if embeds else None,
         entries=entries,
     )
 
@@ -194,29 +212,47 @@ def keep_states(runner: Runner, plans: list[Plan], result: ForwardResult, number
             states.index_copy_(0, at.to(states.device), rows.to(states.dtype))
 
 
+def _positions(plan: Plan, first: int) -> list[np.ndarray]:
+    """Pieces of int32 [rows]."""
+    step = plan.step
+    if step is None or step.positions is None:
+        return [np.arange(first, first + plan.rows, dtype=np.int32)]
+    own = np.asarray(step.positions, np.int32) + np.int32(plan.seq.shift)
+    return [np.arange(first, first + plan.lead, dtype=np.int32), own] if plan.lead else [own]
+
+
+def _lone(plan: Plan) -> FlatBatch:
+    """``pack`` for one sequence whose rows are a chain behind its view."""
+    seq, step, n, lead = plan.seq, plan.step, plan.rows, plan.lead
+    context = seq.view.slots
+    start = len(context)
+    plan.row = plan.logit = 0
+    tokens = seq.tokens[start : start + lead] if lead else []
+    wanted, taps = NO_ROWS, seq.taps
+    if step is not None:
+        tokens = [*tokens, *step.tokens]
+        wanted = _numbers(n)[lead:] if step.logits is None else np.array(step.logits, np.int32) + np.int32(lead)
+        taps = (*taps, *step.taps)
+    of, local_ptr, local = _triangle(n)
+    first = start + seq.shift
+    at, ptr = np.arange(first, first + n, dtype=np.int32), np.array((0, start), np.int32)
+    parts = (at, plan.slots, of, ptr, local_ptr, context, local, wanted)
+    return FlatBatch.lay(np.array(tokens, np.int64), n, 1, parts, taps=tuple(sorted(set(taps))) if taps else ())
+
+
 def _singles(plans: list[Plan]) -> FlatBatch:
     """``pack`` when every sequence brings one row: plain decoding."""
     n = len(plans)
     views = [p.seq.view.slots for p in plans]
     lengths = np.fromiter(map(len, views), np.int32, n)
-    shifts = [p.seq.shift for p in plans]
-    rows = np.arange(n + 1, dtype=np.int32)
+    rows, ends = _numbers(n), _numbers(n + 1)
     for i, plan in enumerate(plans):
         plan.row = plan.logit = i
-    ptr = np.zeros(n + 1, np.int32)
-    lengths.cumsum(out=ptr[1:])
-    return FlatBatch(
-        tokens=np.fromiter((p.step.tokens[0] for p in plans), np.int64, n),
-        positions=lengths + np.array(shifts, np.int32) if any(shifts) else lengths,
-        slots=plans[0].slots if n == 1 else np.concatenate([p.slots for p in plans]),
-        context_of=rows[:-1],
-        context=views[0] if n == 1 else np.concatenate(views),
-        context_ptr=ptr,
-        local=rows[:-1],
-        local_ptr=rows,
-        logit_rows=rows[:-1],
-        taps=tuple(sorted({t for p in plans for t in p.seq.taps})),
-    )
+    shifts = [p.seq.shift for p in plans]
+    at = lengths + np.array(shifts, np.int32) if any(shifts) else lengths
+    parts = [at, *(p.slots for p in plans), rows, _ptr(lengths), ends, *views, rows, rows]
+    tokens = np.fromiter((p.step.tokens[0] for p in plans), np.int64, n)
+    return FlatBatch.lay(tokens, n, n, parts, taps=tuple(sorted({t for p in plans for t in p.seq.taps})))
 
 
 def _ptr(counts: Seq[int] | np.ndarray) -> np.ndarray:

@@ -75,18 +75,19 @@ class Runner:
             self.states[layer] = torch.zeros(size, device=self.pool.k.device)
         return self.states[layer]
 
-    @torch.inference_mode()
     def forward(self, batch: FlatBatch) -> ForwardResult:
-        self.pool.positions[batch.slots] = batch.positions
         if self.native is not None:
             batch, moved = sink(batch) if batch.entries else (batch, None)
-            result = self.native.forward(self.pool, batch)
+            result = self.native.forward(self.pool, batch, self.vocabulary)
             if moved is not None:
                 result.hidden = {layer: x[moved] for layer, x in result.hidden.items()}
-        else:
+            return result
+        with torch.inference_mode():
+            self.pool.positions[batch.slots] = batch.positions
             result = forward_batch(self.model, self.pool, batch, rowwise=self._rowwise)
-        if self.vocabulary < self.config.vocab_size:
-            result.logits[:, self.vocabulary :] = -torch.inf
+            if self.vocabulary < self.config.vocab_size:
+                result.logits[:, self.vocabulary :] = -torch.inf
+            result.argmax = torch.argmax(result.logits, -1).cpu().numpy()
         return result
 
     def matrix(self, weight: torch.Tensor) -> Matrix:

@@ -9,7 +9,6 @@ tokens are evaluated again later (preemption by recomputation). The most importa
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from dataclasses import dataclass, field
 
 from stretto.engine.cache import PrefixCache
@@ -90,9 +89,9 @@ class Scheduler:
 
     def _spawn(self) -> None:
         """Fork the waiting choices of every prompt that is cached."""
-        for entry in [e for e in self.running if e.forks]:
+        for entry in self.running:
             seq = entry.seq
-            if len(seq.view) < seq.method.prefill(seq):
+            if not entry.forks or len(seq.view) < seq.method.prefill(seq):
                 continue
             for fork in entry.forks:
                 fork.seq.view.release()
@@ -115,10 +114,11 @@ class Scheduler:
                 seq.computed = len(seq.view) + lead
                 left -= lead
                 ready.append(plan)
-        by_method: dict[Method, list[Plan]] = defaultdict(list)
+        by_method: dict[Method, list[Plan]] = {}
+        limit = max(1, left // max(1, len(ready)))
         for plan in ready:
-            plan.seq.row_limit = max(1, left // len(ready))
-            by_method[plan.seq.method].append(plan)
+            plan.seq.row_limit = limit
+            by_method.setdefault(plan.seq.method, []).append(plan)
         for method, group in by_method.items():
             for plan, step in zip(group, method.propose([p.seq for p in group]), strict=True):
                 plan.put(step)
@@ -127,6 +127,8 @@ class Scheduler:
     def _prompts(self, plans: list[Plan]) -> list[Plan]:
         """Clip to the row budget: steps first, then chunks of prompts. A step that does not fit waits."""
         left, out = self._max_rows, []
+        if all(p.step is not None for p in plans) and sum(p.rows for p in plans) <= left:
+            return plans
         for plan in sorted(plans, key=lambda p: p.step is None or p.lead > 0):
             if plan.step is not None and (plan.rows <= left or not out):
                 left -= plan.rows
@@ -146,6 +148,13 @@ class Scheduler:
 
     def _allot(self, plans: list[Plan]) -> list[Plan]:
         """Give each plan its slots; preempt from the back when they run out."""
+        wanted = sum(p.rows for p in plans)
+        if wanted <= self._alloc.free:
+            slots, at = self._alloc.alloc(wanted), 0
+            for plan in plans:
+                plan.slots = slots[at : at + plan.rows]
+                at += plan.rows
+            return plans
         rank = {e.seq: e.rank for e in self.running}
         plans.sort(key=lambda p: rank[p.seq])
         done: list[Plan] = []

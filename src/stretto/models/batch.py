@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -46,10 +46,42 @@ class FlatBatch:
     embeds: Tensor | None = None  # [len(embed_rows), H], replaces the token embedding of embed_rows
     embed_rows: Ints | None = None
     entries: Sequence[Entry] = ()  # rows that enter in mid-stack
+    ints: Ints | None = None  # where the arrays from positions to logit_rows are views of one: ``lay`` made them
+
+    @classmethod
+    def lay(cls, tokens: np.ndarray, rows: int, contexts: int, parts: Sequence[np.ndarray], **more: Any) -> FlatBatch:
+        """A batch whose integer arrays lie behind each other, as the native forward reads them.
+
+        ``parts``: int32 pieces in the order positions, slots, context_of [n each], context_ptr [s+1],
+        local_ptr [n+1], context, local, logit_rows.
+        """
+        ints = np.concatenate(parts, dtype=np.int32, casting="same_kind")
+        a, b, c = rows, 2 * rows, 3 * rows
+        d = c + contexts + 1
+        e = d + rows + 1
+        f = e + int(ints[d - 1])
+        g = f + int(ints[e - 1])
+        return cls(
+            tokens, ints[:a], ints[a:b], ints[b:c], ints[e:f], ints[c:d], ints[f:g], ints[d:e], ints[g:],
+            ints=ints, **more,
+        )
 
     @property
     def n(self) -> int:
         return len(self.tokens)
+
+    def in_one(self) -> Ints:
+        """All integer arrays in the order of ``lay``, then ``embed_rows``. IndexError where they do not fit."""
+        if self.ints is not None and self.embed_rows is None:
+            return self.ints
+        n = self.n
+        arrays = [
+            self.positions, self.slots, self.context_of, self.context_ptr, self.local_ptr, self.context, self.local,
+            self.logit_rows, *([] if self.embed_rows is None else [self.embed_rows]),
+        ]  # fmt: skip
+        if [len(x) for x in arrays[:5]] != [n, n, n, len(self.context_ptr), n + 1]:
+            raise IndexError(f"the arrays of the batch do not fit its {n} rows")
+        return np.concatenate(arrays, dtype=np.int32, casting="same_kind")
 
 
 @dataclass(slots=True)
@@ -58,6 +90,7 @@ class ForwardResult:
 
     logits: Tensor  # float32 [k, V]
     hidden: dict[int, Tensor] = field(default_factory=dict)  # tap layer -> [n, H]; -1 = final-normed state
+    argmax: np.ndarray | None = None  # int64 [k]: the lowest id of each row's largest logit; the runner sees to it
 
 
 class KVPool:

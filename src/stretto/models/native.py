@@ -25,14 +25,11 @@ from stretto.models.batch import FlatBatch, ForwardResult, KVPool
 from stretto.models.config import ModelConfig
 from stretto.models.entries import structs
 from stretto.models.moe import SparseMLP
-from stretto.models.native_library import POINTER, Batch, Layer, Mat, Model, address, team
+from stretto.models.native_library import POINTER, Batch, Layer, Mat, Model, address, array_address, team
 from stretto.models.native_linear import DTYPES, Memory, PackedLinear, library
 from stretto.models.transformer import MLP, Attention, Block, Transformer
 
 __all__ = ["NativeForward"]
-
-NO_INTS = np.empty(0, np.int32)
-
 
 def _weight(module: Any) -> Tensor:
     """The weight [N, K] of a linear, whatever runs in its place."""
@@ -74,6 +71,8 @@ class NativeForward:
         self._memory, self._halves = Memory(), halves
         self._keep: list[Any] = []  # what the structures point to
         self._lock = threading.Lock()  # one scratch memory
+        self._no_taps = (POINTER * (self.config.num_hidden_layers + 2))()
+        self._pool: tuple[Any, Any] = (None, None)  # the pool of the last forward, and what was found out about it
         self._model = self._describe(model, threads)
         self._grow_angles(min(2048, self.config.max_position_embeddings))
 
@@ -156,37 +155,26 @@ class NativeForward:
         self._model.cos, self._model.sin = map(address, self._angles)
         self._model.angles = size
 
-    def forward(self, pool: KVPool, batch: FlatBatch) -> ForwardResult:
-        """float32 logits of ``batch.logit_rows``, and the tapped states (float32)."""
-        c, n, slots, keys, values = self.config, batch.n, len(pool.positions), pool.k, pool.v
-        if keys.shape != (c.num_hidden_layers, slots, c.num_key_value_heads, c.head_dim) or keys.device.type != "cpu":
-            raise UnsupportedError(f"the K/V pool is {tuple(keys.shape)} on {keys.device}: it is not of this model")
-        if keys.dtype not in DTYPES.values():
-            raise UnsupportedError(f"the K/V pool is {keys.dtype}: allowed are float32 and bfloat16")
-        logits = torch.empty((len(batch.logit_rows), c.vocab_size), dtype=torch.float32)
-        taps = (POINTER * (c.num_hidden_layers + 2))()
-        hidden = {}
-        for tap in batch.taps:
-            if not -1 <= tap <= c.num_hidden_layers:
-                raise OptionError("taps", tap, f"-1..{c.num_hidden_layers}")
-            hidden[tap] = torch.empty((n, c.hidden_size), dtype=torch.float32)
-            taps[tap] = address(hidden[tap])
-        embeds, embed_rows = None, NO_INTS
+    def forward(self, pool: KVPool, batch: FlatBatch, known: int | None = None) -> ForwardResult:
+        """float32 logits of ``batch.logit_rows``, their argmax, and the tapped states (float32).
+
+        Logits from id ``known`` on are -inf."""
+        c, n, k = self.config, len(batch.tokens), len(batch.logit_rows)
+        if pool is not self._pool[0]:
+            self._pool = pool, self._pool_facts(pool)
+        slots, bf16, keys, values, positions = self._pool[1]
+        logits, best = torch.empty((k, c.vocab_size), dtype=torch.float32), np.empty(k, np.int64)
+        hidden, taps = self._taps(batch) if batch.taps else ({}, self._no_taps)
+        embeds, n_embeds = None, 0
         if batch.embeds is not None:
-            embeds, embed_rows = batch.embeds.detach().to("cpu", torch.float32).contiguous(), batch.embed_rows
-        tokens, entries = np.ascontiguousarray(batch.tokens, np.int64), structs(batch.entries)
-        arrays = (
-            batch.positions, batch.slots, batch.context_of, batch.context_ptr, batch.local_ptr, batch.context,
-            batch.local, batch.logit_rows, embed_rows,
-        )  # fmt: skip
-        ints = np.concatenate(arrays, dtype=np.int32, casting="same_kind")
-        if [len(x) for x in arrays[:5]] != [n, n, n, len(batch.context_ptr), n + 1]:
-            raise IndexError(f"the arrays of the batch do not fit its {n} rows")
+            embeds, n_embeds = batch.embeds.detach().to("cpu", torch.float32).contiguous(), len(batch.embed_rows)
+        ints, tokens = batch.in_one(), np.ascontiguousarray(batch.tokens, np.int64)
+        entries = structs(batch.entries) if batch.entries else None
         b = Batch(
-            n, len(batch.context_ptr) - 1, len(batch.context), len(batch.local), len(logits), len(embed_rows), slots,
-            keys.dtype == torch.bfloat16, len(entries), address(tokens), address(ints), address(embeds), address(keys),
-            address(values), address(pool.positions), address(logits), ctypes.addressof(taps),
-            ctypes.addressof(entries),
+            n, len(batch.context_ptr) - 1, len(batch.context), len(batch.local), k, n_embeds, slots, bf16,
+            len(batch.entries), known or c.vocab_size, array_address(tokens), array_address(ints), address(embeds),
+            keys, values, positions, logits.data_ptr(), array_address(best), ctypes.addressof(taps),
+            ctypes.addressof(entries) if entries else None,
         )  # fmt: skip
         with self._lock:
             code = self._lib.stretto_forward(ctypes.addressof(self._model), ctypes.addressof(b))
@@ -200,7 +188,27 @@ class NativeForward:
         if code:
             what = ("position", "token", "slot", "context", "row", "entry")[code - 1]
             raise IndexError(f"the batch names a {what} that does not exist")
-        return ForwardResult(logits, hidden)
+        return ForwardResult(logits, hidden, best)
+
+    def _pool_facts(self, pool: KVPool) -> tuple[int, bool, int | None, int | None, int | None]:
+        """Slots, whether it is bfloat16, and where keys, values and positions lie."""
+        c, keys, slots = self.config, pool.k, len(pool.positions)
+        if keys.shape != (c.num_hidden_layers, slots, c.num_key_value_heads, c.head_dim) or keys.device.type != "cpu":
+            raise UnsupportedError(f"the K/V pool is {tuple(keys.shape)} on {keys.device}: it is not of this model")
+        if keys.dtype not in DTYPES.values():
+            raise UnsupportedError(f"the K/V pool is {keys.dtype}: allowed are float32 and bfloat16")
+        return slots, keys.dtype == torch.bfloat16, address(keys), address(pool.v), address(pool.positions)
+
+    def _taps(self, batch: FlatBatch) -> tuple[dict[int, Tensor], Any]:
+        """Room for the tapped states, and the table of where it is."""
+        layers, hidden = self.config.num_hidden_layers, {}
+        taps = (POINTER * (layers + 2))()
+        for tap in batch.taps:
+            if not -1 <= tap <= layers:
+                raise OptionError("taps", tap, f"-1..{layers}")
+            hidden[tap] = torch.empty((batch.n, self.config.hidden_size), dtype=torch.float32)
+            taps[tap] = address(hidden[tap])
+        return hidden, taps
 
     def __del__(self) -> None:
         if hasattr(self, "_model"):

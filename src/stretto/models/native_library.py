@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "Layer", "Mat", "Model", "Team", "address", "build", "team"]
+__all__ = ["Batch", "Layer", "Mat", "Model", "Team", "address", "array_address", "build", "team"]
 
 SOURCES = ("native.h", "linear.c", "half.c", "attention.c", "entries.c", "forward.c")
 FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC")
@@ -49,8 +49,8 @@ Model = _struct(
     (POINTER, "embed norm cos sin layers"), (Mat, "head"), (POINTER, "scratch"), (ctypes.c_size_t, "scratch_bytes"),
 )  # fmt: skip
 Batch = _struct(
-    (LONG, "n contexts n_context n_local k n_embeds S kv_bf16 n_entries"),
-    (POINTER, "tokens ints embeds k_pool v_pool pool_positions logits taps entries"),
+    (LONG, "n contexts n_context n_local k n_embeds S kv_bf16 n_entries known"),
+    (POINTER, "tokens ints embeds k_pool v_pool pool_positions logits best taps entries"),
     (POINTER, "positions slots context_of context_ptr local_ptr context local logit_rows embed_rows"),
 )
 
@@ -126,4 +126,8 @@ def address(x: Tensor | np.ndarray | None) -> int | None:
     """The address of the first element."""
     if x is None:
         return None
-    return x.data_ptr() if isinstance(x, Tensor) else x.__array_interface__["data"][0]
+    return x.data_ptr() if isinstance(x, Tensor) else array_address(x)
+
+
+def array_address(x: np.ndarray) -> int:
+    return x.__array_interface__["data"][0]

@@ -297,6 +297,20 @@ void stretto_free(Model *m) {
 
 int stretto_lanes(void) { return VL; }
 
+static int64_t largest(const float *row, int64_t columns) {
+    float best = row[0];
+    int64_t j = 0;
+    vf high = splat(best);
+    for (; j + VL <= columns; j += VL) {
+        vf v = load(row + j);
+        high = pick(v > high, v, high);
+    }
+    for (; j < columns; j++) best = row[j] > best ? row[j] : best;
+    for (int l = 0; l < VL; l++) best = high[l] > best ? high[l] : best;
+    for (j = 0; j < columns - 1 && row[j] != best;) j++;
+    return j;
+}
+
 /* 0, the code of open_batch(), or -1: out of memory. */
 int stretto_forward(Model *m, Batch *b) {
     Work w;
@@ -317,6 +331,11 @@ int stretto_forward(Model *m, Batch *b) {
         .body = body, .team = &m->team, .counters = (Counter *)memory, .taken = (int32_t *)(memory + counters),
         .phases = phases, .own = memory + counters + taken, .own_each = own_each, .m = m, .b = b, .work = &w};
     run_team(&r);
+    for (int64_t i = 0; i < b->k; i++) {
+        float *row = b->logits + i * m->V;
+        for (int64_t j = b->known; j < m->V; j++) row[j] = -INFINITY;
+        b->best[i] = largest(row, b->known);
+    }
     return 0;
 }
 
@@ -346,18 +365,5 @@ int stretto_linear(Team *team, const Mat *m, const float *x, int64_t n, float *o
 
 /* out [n]: the column of each row's largest value, the lowest of equals */
 void stretto_argmax(const float *x, int64_t n, int64_t columns, int64_t *out) {
-    for (int64_t i = 0; i < n; i++) {
-        const float *row = x + i * columns;
-        float best = row[0];
-        int64_t j = 0;
-        vf high = splat(best);
-        for (; j + VL <= columns; j += VL) {
-            vf v = load(row + j);
-            high = pick(v > high, v, high);
-        }
-        for (; j < columns; j++) best = row[j] > best ? row[j] : best;
-        for (int l = 0; l < VL; l++) best = high[l] > best ? high[l] : best;
-        for (j = 0; j < columns - 1 && row[j] != best;) j++;
-        out[i] = j;
-    }
+    for (int64_t i = 0; i < n; i++) out[i] = largest(x + i * columns, columns);
 }

@@ -98,12 +98,14 @@ typedef struct {
 
 typedef struct { /* FlatBatch of batch.py, and where its results go */
     int64_t n, contexts, n_context, n_local, k, n_embeds, S, kv_bf16, n_entries;
+    int64_t known; /* logits from this column on are -inf */
     const int64_t *tokens;
     const int32_t *ints; /* the integer arrays below, one behind the other, in this order */
     const float *embeds;
     void *k_pool, *v_pool; /* [layers, S, G, D] */
     int32_t *pool_positions; /* [S] */
     float *logits; /* [k, V] */
+    int64_t *best; /* [k]: the column of each row's largest logit, the lowest of equals */
     float *const *taps; /* [layers + 2] of [n, H] or NULL; the last is the final-normed state */
     const Entry *entries; /* by layer; their rows are the last of the batch, in this order */
     const int32_t *positions, *slots, *context_of, *context_ptr, *local_ptr, *context, *local, *logit_rows, *embed_rows;
