@@ -11,6 +11,7 @@ import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ class Engine:
         if not plans:
             return []
         batch = pack(plans, block=self._block)
-        result = self.runner.forward(batch)
+        result = self.runner.forward(batch, _early(plans))
         self.forwards += 1
         if batch.taps:
             keep_states(self.runner, plans, result, self.forwards)
@@ -277,3 +278,18 @@ class Engine:
         del self._streams[seq]
         stream.finish_reason = reason
         seq.metrics.seconds = time.perf_counter() - stream.arrival
+
+
+def _early(plans: list[Plan]) -> dict[int, Callable[[ForwardResult], None]]:
+    """Who looks at which layer of this forward."""
+    groups: dict[int, list[Plan]] = {}
+    for plan in plans:
+        if plan.step is not None and plan.step.early is not None:
+            groups.setdefault(plan.step.early[0], []).append(plan)
+    return {layer: partial(_show, group) for layer, group in groups.items()} if groups else {}
+
+
+def _show(plans: list[Plan], result: ForwardResult) -> None:
+    for p in plans:
+        assert p.step is not None and p.step.early is not None
+        p.step.early[1](Outcome(result.logits, result.argmax, p.logit, p.logit + p.logits, {}, slice(0, 0)))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,9 +12,10 @@ import torch
 
 from stretto.engine.cache import SlotAllocator
 from stretto.errors import CapacityError, OptionError, UnsupportedError
-from stretto.models.batch import FlatBatch, ForwardResult, KVPool
+from stretto.models.batch import Early, FlatBatch, ForwardResult, KVPool
 from stretto.models.context import forward_batch
 from stretto.models.entries import Matrix, sink
+from stretto.models.staged import StagedForward, check_early
 from stretto.models.transformer import Transformer
 
 __all__ = ["LatencyCurve", "Runner"]
@@ -64,6 +67,7 @@ class Runner:
         self.vocabulary = min(vocabulary or c.vocab_size, c.vocab_size)
         self.states: dict[int, torch.Tensor] = {}  # layer -> [S, H] by slot; see ``keep``
         self.written = np.zeros(slots, np.int64)  # number of the forward that wrote a slot's states
+        self.staged: StagedForward | None = None  # made when a method first looks between the layers
         self._curves: dict[int, LatencyCurve] = {}
 
     def keep(self, layer: int) -> torch.Tensor:
@@ -75,19 +79,18 @@ class Runner:
             self.states[layer] = torch.zeros(size, device=self.pool.k.device)
         return self.states[layer]
 
-    def forward(self, batch: FlatBatch) -> ForwardResult:
+    def forward(self, batch: FlatBatch, early: Early | None = None) -> ForwardResult:
+        """``early[l]`` is called with what layer l would give, while the layers above it wait: it must return at
+        once."""
+        if early:
+            check_early(early, self.config.num_hidden_layers)
         if self.native is not None:
-            batch, moved = sink(batch) if batch.entries else (batch, None)
-            result = self.native.forward(self.pool, batch, self.vocabulary)
-            if moved is not None:
-                result.hidden = {layer: x[moved] for layer, x in result.hidden.items()}
-            return result
+            return self._natively(batch, early)
         with torch.inference_mode():
             self.pool.positions[batch.slots] = batch.positions
-            result = forward_batch(self.model, self.pool, batch, rowwise=self._rowwise)
-            if self.vocabulary < self.config.vocab_size:
-                result.logits[:, self.vocabulary :] = -torch.inf
-            result.argmax = torch.argmax(result.logits, -1).cpu().numpy()
+            shown = {l: partial(self._show, look) for l, look in early.items()} if early else None
+            result = forward_batch(self.model, self.pool, batch, rowwise=self._rowwise, early=shown)
+            self._close(result)
         return result
 
     def matrix(self, weight: torch.Tensor) -> Matrix:
@@ -99,6 +102,30 @@ class Runner:
         from stretto.models.native_linear import PackedLinear
 
         return Matrix(weight, PackedLinear(weight, dtype=self.native.weight_dtype))
+
+    def _close(self, result: ForwardResult) -> None:
+        """Ids that the tokenizer does not know are never chosen."""
+        if self.vocabulary < self.config.vocab_size:
+            result.logits[:, self.vocabulary :] = -torch.inf
+        result.argmax = torch.argmax(result.logits, -1).cpu().numpy()
+
+    def _show(self, look: Callable[[ForwardResult], None], logits: torch.Tensor) -> None:
+        result = ForwardResult(logits)
+        self._close(result)
+        look(result)
+
+    def _natively(self, batch: FlatBatch, early: Early | None) -> ForwardResult:
+        """Rows that enter in mid-stack go last, as the native code wants them; their states go back to their places."""
+        batch, moved = sink(batch) if batch.entries else (batch, None)
+        if early:
+            if self.staged is None:
+                self.staged = StagedForward(self.model, self.native.weight_dtype)
+            result = self.staged.forward(self.pool, batch, early, self.vocabulary)
+        else:
+            result = self.native.forward(self.pool, batch, self.vocabulary)
+        if moved is not None:
+            result.hidden = {layer: x[moved] for layer, x in result.hidden.items()}
+        return result
 
     def curve(self, context: int = 128) -> LatencyCurve:
         """The measured cost of 1..64 rows on about ``context`` cached rows (rounded up to a power of two)."""

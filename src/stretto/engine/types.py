@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -40,6 +41,8 @@ class Step:
     ``logits``: rows whose logits are wanted (None = all). ``embeds`` [len(embed_rows), H] replaces the token
     embeddings of ``embed_rows``. ``entries``: rows that enter in mid-stack. ``taps``: layers whose output states are
     wanted (0 = embeddings, -1 = final).
+    ``early`` = (layer, call): ``call(outcome)`` gets the logits as that layer (1-based, below the last) would give
+    them, while the layers above it are still to run; it must return at once.
     ``extra``: whatever the method wants to find again at commit; the engine never looks at it.
     """
 
@@ -52,6 +55,7 @@ class Step:
     embed_rows: Seq[int] = ()
     taps: Seq[int] = ()
     entries: Seq[Entry] = ()
+    early: tuple[int, Callable[[Outcome], None]] | None = None
     extra: Any = None
 
     def __len__(self) -> int:

@@ -6,7 +6,7 @@ m local references in all, k rows that need logits, L layers, S slots of the poo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,11 @@ from torch import Tensor
 if TYPE_CHECKING:
     from stretto.models.entries import Entry
 
-__all__ = ["FlatBatch", "ForwardResult", "KVPool"]
+__all__ = ["Early", "EarlyLogits", "FlatBatch", "ForwardResult", "KVPool"]
 
 Ints = np.ndarray  # int32 unless said otherwise
+Early = Mapping[int, Callable[["ForwardResult"], None]]  # layer (1-based) -> who looks at what it would give
+EarlyLogits = Mapping[int, Callable[[Tensor], None]]
 
 
 @dataclass(slots=True)
@@ -108,6 +110,12 @@ class KVPool:
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.positions = np.zeros(slots, np.int32)  # logical position of each slot's key
+
+    def part(self, first: int, last: int) -> KVPool:
+        """The same memory, layers ``first``..``last`` - 1 only."""
+        out = object.__new__(KVPool)
+        out.k, out.v, out.positions = self.k[first:last], self.v[first:last], self.positions
+        return out
 
     @property
     def slots(self) -> int:

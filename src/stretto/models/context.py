@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stretto.errors import OptionError, PromptError, UnsupportedError
-from stretto.models.batch import FlatBatch, ForwardResult, KVPool
+from stretto.models.batch import EarlyLogits, FlatBatch, ForwardResult, KVPool
 from stretto.models.entries import check
 
 if TYPE_CHECKING:
@@ -165,18 +165,14 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool 
 
 @dataclass(slots=True)
 class _Group:
-    """Contexts whose rows are evaluated in one call: g of them, with r rows and m keys each
-    (padded).
-    """
+    """Contexts whose rows are evaluated in one call: g of them, with r rows and m keys each (padded)."""
 
     rows: Tensor | slice  # int64 [g * r], or the slice of the batch it is
     shape: tuple[int, int, int]  # g, r, m
     keys: Tensor | slice  # int64 [g * m] slots, or the slice of the pool it is
     visible: Tensor | None  # bool [g, r, m]; None = all
     causal: bool  # the mask is exactly lower triangular
-    distance: (
-        Tensor | None
-    )  # int32 [g, r, m]: position of the row minus that of the key (sliding windows)
+    distance: Tensor | None  # int32 [g, r, m]: position of the row minus that of the key (sliding windows)
 
 
 class PoolContext:
@@ -239,9 +235,7 @@ class PoolContext:
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """As ``_sdpa`` with mask [g, r, m], but the query heads of one kv head stand as rows: keys are
-    read once.
-    """
+    """As ``_sdpa`` with mask [g, r, m], but the query heads of one kv head stand as rows: keys are read once."""
     g, r, heads, dim = q.shape
     kv = k.shape[2]
     share = heads // kv
@@ -344,8 +338,11 @@ def _merge(
 
 
 @torch.no_grad()
-def forward_batch(model: Transformer, pool: KVPool, batch: FlatBatch, *, rowwise: bool = False) -> ForwardResult:
-    """Run ``batch``: float32 logits of its ``logit_rows``, and the tapped states. ``rowwise``: see PoolContext."""
+def forward_batch(
+    model: Transformer, pool: KVPool, batch: FlatBatch, *, rowwise: bool = False, early: EarlyLogits | None = None
+) -> ForwardResult:
+    """Run ``batch``: float32 logits of its ``logit_rows``, and the tapped states. ``rowwise``: see PoolContext.
+    ``early[l]`` gets the logits of the same rows as layer l would give them, before the layers above it run."""
     device = model.device
     limit = model.rotary.cacheable
     if limit is not None and len(batch.positions) and batch.positions.max() >= limit:
@@ -364,16 +361,21 @@ def forward_batch(model: Transformer, pool: KVPool, batch: FlatBatch, *, rowwise
     ctx = PoolContext(pool, batch, model.config, rowwise=rowwise)
     if batch.entries:
         check(batch, model.config.num_hidden_layers)
+
+    def logits(hidden: Tensor) -> Tensor:
+        wanted = batch.logit_rows
+        if len(wanted) < len(hidden) or not np.array_equal(wanted, np.arange(len(hidden))):
+            hidden = hidden[torch.from_numpy(np.asarray(wanted, np.int64)).to(device)]
+        return model.logits(hidden).float()
+
     hidden = model.hidden(
         None if embeds is not None else tokens, positions, ctx, embeds=embeds, taps=batch.taps, tapped=tapped,
         entries=batch.entries,
+        passed={l: lambda x, f=f: f(logits(model.norm(x))) for l, f in (early or {}).items()},
     )  # fmt: skip
     if -1 in batch.taps:
         tapped[-1] = hidden
-    wanted = batch.logit_rows
-    if len(wanted) < len(hidden) or not np.array_equal(wanted, np.arange(len(hidden))):
-        hidden = hidden[torch.from_numpy(np.asarray(wanted, np.int64)).to(device)]
-    return ForwardResult(model.logits(hidden).float(), tapped)
+    return ForwardResult(logits(hidden), tapped)
 
 
 def packed(
@@ -387,9 +389,7 @@ def packed(
 
 @torch.no_grad()
 def plain_logits(model: Transformer, ids: Sequence[int]) -> Tensor:
-    """float32 [n, V] of one text, without cache or batch: the reference that every faster path must
-    equal.
-    """
+    """float32 [n, V] of one text, without cache or batch: the reference that every faster path must equal."""
     if not len(ids):
         raise PromptError("the prompt is empty: give at least one token")
     tokens = torch.as_tensor(ids, dtype=torch.int64, device=model.device)

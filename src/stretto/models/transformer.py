@@ -9,7 +9,7 @@ checkpoints fit without renaming.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -215,13 +215,15 @@ class Transformer(nn.Module):
         taps: Sequence[int] = (),
         tapped: dict[int, Tensor] | None = None,
         entries: Sequence[Entry] = (),
+        passed: Mapping[int, Callable[[Tensor], None]] | None = None,
     ) -> Tensor:
         """The final-normed states [n, H] of ``tokens`` int64 [n] (or ``embeds`` [n, H]) at
         ``positions`` [n].
 
         ``taps``: states to put into ``tapped``: 0 = the embeddings, l = the output of layer l
         (1-based), before the final norm. ``entries``: rows that get their state behind a layer; what they
-        are before is not defined.
+        are before is not defined. ``passed[l]`` is called with the output of layer l before the layers
+        above it run.
         """
         if (tokens is None) == (embeds is None):
             raise PromptError("hidden() takes tokens or embeds, exactly one of them")
@@ -237,6 +239,8 @@ class Transformer(nn.Module):
                 x = enter(x, entries, depth)
             if tapped is not None and depth in taps:
                 tapped[depth] = x
+            if passed is not None and depth in passed:
+                passed[depth](x)
         return self.norm(x)
 
     @property
