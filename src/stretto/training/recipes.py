@@ -102,6 +102,11 @@ _MIX = {  # the tasks that are learnt late get a larger share
     "text_notice": 0.2, "text_replace": 0.4,
 }
 
+_LATE = {  # what a distilled model forgets first
+    "list_sort": 1.6, "list_pairs": 1.6, "math_gains": 1.6, "math_price": 1.6, "math_boxes": 1.6, "table_lookup": 1.6,
+    "table_where": 1.6,
+}
+
 _ALL: tuple[Recipe | PartRecipe, ...] = (
     Recipe(name="zoo-tiny", purpose="autoregressive, the target of every lossless method"),
     Recipe(
@@ -122,8 +127,8 @@ _ALL: tuple[Recipe | PartRecipe, ...] = (
     ),
     Recipe(
         name="zoo-tiny-jacobi", purpose="fixes several tokens a forward: zoo:tiny, distilled on its own Jacobi states",
-        objective="jacobi_forcing", base="zoo:tiny", trajectories=(8, 16), minutes=20, rows=7, length=256, lr=1e-3,
-        adam_lr=5e-4, decay=0.6,
+        objective="jacobi_forcing", base="zoo:tiny", trajectories=(8, 16), minutes=20, rows=4, length=256, lr=1.2e-3,
+        adam_lr=6e-4, warmup=30, decay=0.6, weights=_LATE,
     ),
     PartRecipe(
         name="zoo-tiny-medusa", purpose="Medusa heads for zoo:tiny", kind="medusa", options={"heads": 4},
