@@ -13,6 +13,7 @@ from tiny import EOS, MASK, Letters, engine, greedy, model, run, tokens
 
 CASES = {
     "draft": [{"model": "other"}, {"model": "other", "acceptance": "coupled"}],
+    "mirror": [{"model": "other", "early_top_k": 3}],
     "jacobi_forcing": [{}, {"block_size": 3, "num_blocks": 3, "spawn_ratio": 0.5, "max_candidates": 2, "init": "pad"}],
 }
 TEXT = [5, 9, 7, 5, 9, 7, 5, 9, 7, 11, 5, 9]
