@@ -330,12 +330,12 @@ def test_a_recipe_ships_a_loadable_model(name, tmp_path, monkeypatch):
     from stretto.training.recipes import run_recipe
 
     monkeypatch.setattr(run, "POOL", 24)
-    monkeypatch.setattr(recorded, "POOL", 8)
     monkeypatch.setattr(recorded, "LONGEST", 16)
     monkeypatch.setattr(recorded.Pools, "_right", lambda self, example, t: True)  # untrained models are never right
     monkeypatch.setattr(run, "test_batches", lambda recipe, n: {})
     monkeypatch.setattr(run, "fast_dtype", lambda device: None)
     small = {"hidden": 16, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 8, "ffn": 16, "rows": 2, "base": None}
+    small["examples"] = 8
     record = run_recipe(name, out=tmp_path / "m", steps=2, changes=small, report=lambda r: None)
     model = load(tmp_path / "m", dtype="float32")
     kind = {"zoo-tiny-blocks": "block", "zoo-tiny-diffusion": "full"}.get(name, "causal")

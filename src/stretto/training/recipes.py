@@ -40,6 +40,7 @@ class Recipe:
     balance: float = 0.01  # weight of the load-balance loss (Switch)
     block_size: int = 8  # of block diffusion
     trajectories: tuple[int, ...] = ()  # jacobi forcing: n, tokens of a recorded block, for equal shares of the budget
+    examples: int = 1024  # jacobi forcing: of a pool of trajectories
     window: int = 4  # jacobi forcing: w, noisy blocks that see each other
     schedule: str = "progressive"  # jacobi forcing: of the noise over the blocks of a window
     ar_weight: float = 10.0  # jacobi forcing: of the clean answers' cross-entropy

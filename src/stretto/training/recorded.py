@@ -21,7 +21,6 @@ from stretto.zoo import workbook
 
 __all__ = ["Pools", "recorded_data"]
 
-POOL = 1024  # examples
 LONGEST = 128  # tokens of an answer
 
 
@@ -29,7 +28,7 @@ class Pools:
     """``pools(k)``: the trajectories of pool k, of right answers only. ``progress``: the spent share of the budget."""
 
     def __init__(self, recipe: Recipe, model: Transformer, folder: Path, *, examples: int | None = None):
-        self.recipe, self.model, self.folder, self.examples = recipe, model, folder, examples or POOL
+        self.recipe, self.model, self.folder, self.examples = recipe, model, folder, examples or recipe.examples
         self.progress: Callable[[], float] = lambda: 0.0
         tokenizer = workbook._tokenizer()
         vocabulary = repr(sorted(tokenizer.get_vocab().items())).encode()
