@@ -12,7 +12,7 @@ from stretto.errors import CheckpointError, OptionError, StrettoError, Unsupport
 from stretto.models.context import plain_logits
 from stretto.training.jacobi import JacobiForcing, TrajectoryData, noise_targets, pack
 from stretto.training.nets import PackedNet
-from stretto.training.recipes import find_recipe
+from stretto.training.recipes import Recipe, find_recipe
 from stretto.training.recorded import Pools
 from stretto.training.trainer import TrainConfig, Trainer
 from stretto.training.trajectories import Block, Trajectory, collect, read, write
@@ -177,6 +177,7 @@ def test_training_resumes_bit_for_bit(tmp_path, recorded):
 
 def test_pools_keep_right_answers_and_grow(tmp_path):
     recipe = find_recipe("tiny-jacobi")
+    assert isinstance(recipe, Recipe)
     from stretto.training.run import build_model
 
     base = build_model(recipe)

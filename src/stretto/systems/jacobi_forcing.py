@@ -101,11 +101,12 @@ def _noise(schedules: Mapping[str, Mapping[str, float]], quick: bool) -> dict[st
 def _schedules() -> dict[str, dict[str, float]]:
     """Short trainings that differ in nothing but the noise schedule, then iterations a token on unseen prompts."""
     from stretto.models.checkpoint import load
-    from stretto.training.recipes import find_recipe, run_recipe
+    from stretto.training.recipes import Recipe, find_recipe, run_recipe
     from stretto.training.recorded import Pools
     from stretto.training.run import build_model
 
     recipe, out = find_recipe("tiny-jacobi"), {}
+    assert isinstance(recipe, Recipe)
     small = {"trajectories": (8,), "examples": 192, "average": 0.0}
     with tempfile.TemporaryDirectory() as folder:
         before = Pools(recipe, build_model(recipe), Path(folder), examples=96).record(9_000, 8)[1]
