@@ -95,9 +95,9 @@ class DraftModel:
 
     def read(self, seq: Sequence, cache: DraftCache) -> None:
         """Read a long unread text in chunks; a few tokens wait for the first level."""
-        view = cache.view
-        while (unread := len(seq.tokens) - 1 - len(view)) > 32:
-            n, at = min(unread, CHUNK), len(view)
+        view, few = cache.view, 32 if self.runner.max_rows is None else 1
+        while (unread := len(seq.tokens) - 1 - len(view)) > few:
+            n, at = min(unread, self.runner.max_rows or CHUNK), len(view)
             slots = self.runner.alloc.alloc(n)
             self.forward([Rows(seq.tokens[at : at + n], at, slots, view.slots)])
             view.append(slots)

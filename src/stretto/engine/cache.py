@@ -23,6 +23,7 @@ class SlotAllocator:
 
     def __init__(self, slots: int):
         self.total = slots
+        self.peak = 0  # most slots that were used at one time
         self._free = np.arange(slots - 1, -1, -1, dtype=np.int32)
         self._n = slots
 
@@ -39,7 +40,22 @@ class SlotAllocator:
         if n > self._n:
             raise CapacityError(f"{n} cache slots wanted, {self._n} of {self.total} are free")
         self._n -= n
+        self.peak = max(self.peak, self.total - self._n)
         return self._free[self._n : self._n + n][::-1].copy()
+
+    def limit(self, slots: int) -> None:
+        """Hand out at most ``slots`` from now on; memory of a slot that was never handed out is never touched.
+
+        CapacityError when more than that are in use, or ``slots`` is more than there are.
+        """
+        if not max(1, self.used) <= slots <= self.total:
+            raise CapacityError(
+                f"{slots} cache slots are not a possible limit: {self.used} of {self.total} are in use"
+            )
+        gone = self.total - slots
+        self._n -= gone
+        self._free[: self._n] = self._free[gone : gone + self._n].copy()
+        self.total = slots
 
     def release(self, slots: np.ndarray) -> None:
         n = len(slots)

@@ -64,6 +64,8 @@ class Runner:
             dtype=kv_dtype, device=weight.device,
         )
         self.alloc = SlotAllocator(slots)
+        self.max_rows: int | None = None  # most rows of a forward, where memory is short; who plans rows obeys
+        self.peak_rows = self.peak_logits = 0  # rows of the largest forward, and of the largest logits
         self.vocabulary = min(vocabulary or c.vocab_size, c.vocab_size)
         self.states: dict[int, torch.Tensor] = {}  # layer -> [S, H] by slot; see ``keep``
         self.written = np.zeros(slots, np.int64)  # number of the forward that wrote a slot's states
@@ -82,6 +84,9 @@ class Runner:
     def forward(self, batch: FlatBatch, early: Early | None = None) -> ForwardResult:
         """``early[l]`` is called with what layer l would give, while the layers above it wait: it must return at
         once."""
+        if batch.n > self.peak_rows or len(batch.logit_rows) > self.peak_logits:
+            self.peak_rows = max(self.peak_rows, batch.n)
+            self.peak_logits = max(self.peak_logits, len(batch.logit_rows))
         if early:
             check_early(early, self.config.num_hidden_layers)
         if self.native is not None:
@@ -136,7 +141,7 @@ class Runner:
         return self._curves[size]
 
     def _measure(self, context: int) -> LatencyCurve:
-        rows = [r for r in CURVE_ROWS if r + context <= self.alloc.free]
+        rows = [r for r in CURVE_ROWS if r + context <= self.alloc.free and r <= (self.max_rows or r)]
         if not rows:
             raise CapacityError(f"the latency curve needs {context + 1} free cache slots")
         slots = self.alloc.alloc(context + rows[-1])

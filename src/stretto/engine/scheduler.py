@@ -43,7 +43,7 @@ class Scheduler:
         self.waiting: list[Entry] = []
         self.running: list[Entry] = []
         self.preemptions = 0
-        self._alloc, self._prefix = runner.alloc, prefix
+        self._alloc, self._prefix, self._runner = runner.alloc, prefix, runner
         self._max_rows, self._max_seqs, self._block = max_rows, max_seqs, block
 
     def add(self, entry: Entry) -> None:
@@ -103,7 +103,7 @@ class Scheduler:
     def _proposals(self) -> list[Plan]:
         """A plan for each running sequence: with a step where its method can run now."""
         self._spawn()
-        left = self._max_rows
+        left = self._rows()
         plans, ready = [], []
         for entry in self.running:
             seq = entry.seq
@@ -126,7 +126,7 @@ class Scheduler:
 
     def _prompts(self, plans: list[Plan]) -> list[Plan]:
         """Clip to the row budget: steps first, then chunks of prompts. A step that does not fit waits."""
-        left, out = self._max_rows, []
+        left, out = self._rows(), []
         if all(p.step is not None for p in plans) and sum(p.rows for p in plans) <= left:
             return plans
         for plan in sorted(plans, key=lambda p: p.step is None or p.lead > 0):
@@ -139,6 +139,11 @@ class Scheduler:
                 if plan.lead:
                     out.append(plan)
         return out
+
+    def _rows(self) -> int:
+        """Most rows of the next forward."""
+        most = self._runner.max_rows
+        return self._max_rows if most is None else min(self._max_rows, most)
 
     def _chunk(self, plan: Plan, left: int) -> int:
         if plan.lead <= left:

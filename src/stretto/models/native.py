@@ -80,6 +80,11 @@ class NativeForward:
     def threads(self) -> int:
         return self._model.team.threads
 
+    @property
+    def scratch_bytes(self) -> int:
+        """What the largest forward so far needed besides weights and cache."""
+        return self._model.scratch_bytes
+
     def _mat(self, *modules: Any, gated: bool = False, halves: bool = True) -> Any:
         """The linears of one input as one."""
         biases = [m.bias for m in modules if getattr(m, "bias", None) is not None]
