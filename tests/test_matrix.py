@@ -13,6 +13,10 @@ from tiny import EOS, MASK, Letters, engine, greedy, model, run, tokens
 
 CASES = {
     "draft": [{"model": "other"}, {"model": "other", "acceptance": "coupled"}],
+    "specmemo": [
+        {"model": "other", "budget": "400KiB", "context": 150, "num_draft_tokens": 4},
+        {"drafter": "suffix", "budget": "170KiB", "context": 200},
+    ],
     "mirror": [{"model": "other", "early_top_k": 3}],
     "jacobi_forcing": [{}, {"block_size": 3, "num_blocks": 3, "spawn_ratio": 0.5, "max_candidates": 2, "init": "pad"}],
 }

@@ -13,26 +13,27 @@ ours, the paper's are not public.)
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import numpy as np
 
 from stretto.errors import OptionError
 
 if TYPE_CHECKING:
     from stretto.engine.runner import Runner
-    from stretto.models.config import ModelConfig
 
 __all__ = [
-    "Plan", "Side", "estimate", "expected_value", "frontier", "knee", "least", "parse_size", "show", "side_of", "solve",
-    "used",
+    "Plan", "Side", "calibrate", "estimate", "expected_value", "frontier", "knee", "least", "parse_size", "show",
+    "side_of", "solve", "used",
 ]
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # rows of the largest forward that are tried
-SLACK = 1.25  # scratch memory of a forward is taken a quarter larger than asked for
-ALIGNED = 512  # bytes: what the parts of the scratch memory may lose to alignment
-THREAD_SCRATCH = 1 << 14  # bytes of a thread's attention, until a forward has shown more
+LAYER = 1280  # bytes of counters that a native forward has for each layer
+TORCH = 4.0  # activations of the torch forward by the arrays of a row: its intermediate results
 
 
 def parse_size(text: str) -> int:
@@ -66,19 +67,50 @@ def side_of(runner: Runner) -> Side:
     """What the model of ``runner`` takes."""
     c, pool = runner.config, runner.pool
     kv = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * pool.k.element_size() + 4
-    threads = getattr(runner.native, "threads", 1)
     weights = sum(p.numel() * p.element_size() for p in runner.model.parameters())
-    workspace = int(SLACK * (ALIGNED + threads * THREAD_SCRATCH))
-    return Side(kv, 4 * c.vocab_size, int(SLACK * row_bytes(c)), workspace, weights)
+    workspace, row = calibrate(runner)
+    return Side(kv, 4 * c.vocab_size, row, workspace, weights)
 
 
-def row_bytes(c: ModelConfig) -> int:
-    """Activations of a row in the largest layer, in bytes: the arrays of a native forward (float32)."""
-    picks = c.moe.top_k if c.moe else 1
-    inner = max(c.intermediate_size, c.moe.intermediate_size if c.moe else 0)
-    heads = 2 * c.num_attention_heads + 2 * c.num_key_value_heads
-    routed = picks * c.hidden_size + (c.moe.experts + 32 if c.moe else 0)
-    return 4 * (c.hidden_size + heads * c.head_dim + picks * inner + 4 * picks + (routed if c.moe else 0))
+def calibrate(runner: Runner) -> tuple[int, int]:
+    """(a, e): activations are a + e R bytes. From two forwards of one layer in memory of their own, on the native
+    backend; by the arrays of a layer on the other."""
+    if runner not in _CALIBRATED:
+        _CALIBRATED[runner] = _calibrate(runner)
+    return _CALIBRATED[runner]
+
+
+_CALIBRATED: WeakKeyDictionary[Runner, tuple[int, int]] = WeakKeyDictionary()
+
+
+def _calibrate(runner: Runner) -> tuple[int, int]:
+    c = runner.config
+    if runner.native is None:
+        inner = max(c.intermediate_size, c.moe.intermediate_size * c.moe.top_k if c.moe else 0)
+        heads = 2 * c.num_attention_heads + 2 * c.num_key_value_heads
+        return 1 << 16, int(TORCH * 4 * (2 * c.hidden_size + heads * c.head_dim + 3 * inner))
+    from stretto.models.batch import FlatBatch, KVPool
+    from stretto.models.native import NativeForward
+    from stretto.models.staged import slice_layers
+
+    found, few, many = [], 16, 256
+    for n in (few, many):
+        forward = NativeForward(slice_layers(runner.model, 0, 1), _name(runner.native.weight_dtype))
+        pool = KVPool(1, n, c.num_key_value_heads, c.head_dim)
+        numbers, ptr = np.arange(n, dtype=np.int32), np.arange(n + 1, dtype=np.int32)
+        none, zero = np.empty(0, np.int32), np.zeros(n, np.int32)
+        batch = FlatBatch(
+            np.zeros(n, np.int64), numbers, numbers, zero, none, np.zeros(2, np.int32), numbers, ptr, none
+        )
+        forward.forward(pool, batch)
+        found.append(forward.scratch_bytes)
+    row = -(-(found[1] - found[0]) // (many - few))
+    # what a few rows take is a floor of its own: buffers of threads that do not grow below it
+    return max(0, found[0] - few * row) + few * row // 2 + LAYER * c.num_hidden_layers, row
+
+
+def _name(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +154,8 @@ def least(target: Side, draft: Side | None, context: int) -> dict[str, int]:
 
 def expected_value(rows: int, nodes: int, draft: bool) -> float:
     """What a plan is worth where no measurement says it: tokens of a step at acceptance 0.75, and a little for longer
-    chunks of a prompt."""
-    return (1 - 0.75**nodes) / 0.25 - 1 / (4 + rows)
+    chunks of a prompt, up to 64 rows."""
+    return (1 - 0.75**nodes) / 0.25 - 1 / (4 + min(rows, 64))
 
 
 Value = Callable[[int, int, bool], float]  # rows, nodes, draft -> worth
@@ -148,7 +180,7 @@ def solve(
 
 def _plans(
     target: Side, draft: Side | None, budget: int, context: int, sequences: int, most_nodes: int, most_rows: int,
-):
+) -> Iterator[Plan]:
     """Every plan of the grid that fits."""
     for drafting in (True, False) if draft is not None else (False,):
         d = draft if drafting else None
