@@ -137,13 +137,11 @@ def test_the_draft_works_while_the_target_does(net):
     def slow(method):
         runner = method._host.runner
         whole = runner.forward
-        runner.forward = lambda batch, early=None: whole(batch, early)
-        staged = runner._in_stages
 
-        def stages(batch, early):
-            return staged(batch, {l: (lambda x, f=f: (f(x), time.sleep(0.02))) for l, f in early.items()})
+        def forward(batch, early=None):
+            return whole(batch, {l: (lambda r, f=f: (f(r), time.sleep(0.02))) for l, f in (early or {}).items()})
 
-        runner._in_stages = stages
+        runner.forward = forward
 
     method, _ = play(net, {"trace": True, "early_top_k": V, "num_draft_tokens": 2}, n=12, prompts=[TEXT], spoil=slow)
     trace = settled(method).stats.trace
