@@ -41,6 +41,8 @@ class _Grammar:
             if taken:
                 matcher.rollback(taken)
         flags = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")[: self._n]
+        if self._stop_ids and flags[self._stop_ids[0]]:  # the text may end here: with any token that ends it
+            flags[self._stop_ids] = 1
         return torch.from_numpy(np.pad(flags, (0, self._n - len(flags))).astype(bool))
 
     def advance(self, tokens: Seq[int]) -> None:
@@ -78,7 +80,8 @@ def compile_constraint(
         raise OptionError(name, value, f"something that llguidance can compile ({e})") from None
     if probe.get_error():
         raise OptionError(name, value, f"something that llguidance can compile ({probe.get_error()})")
-    return lambda: _Grammar(llguidance.LLMatcher(shared, grammar), vocabulary, stop_ids)
+    ends = [*stop_ids, *(params.stop_token_ids or ())]
+    return lambda: _Grammar(llguidance.LLMatcher(shared, grammar), vocabulary, ends)
 
 
 def _vocabulary(tokenizer: Any, llguidance: Any, stop_ids: Seq[int]) -> Any:

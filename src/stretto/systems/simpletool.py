@@ -1,11 +1,27 @@
 """SimpleTool: what its paper claims."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
 from stretto.systems.types import Claim, System
+
+
+def evidence(quick: bool) -> Mapping[str, Any]:
+    """Calls on held-out prompts by parallel fields and by JSON, the same weights, in turns."""
+    from stretto.threads.measure_slots import measure
+
+    return measure(quick)
+
 
 SYSTEM = System(
     slug="simpletool",
     title="SimpleTool",
-    room="decoding",
+    room="threads",
+    parts=("stretto.session", "stretto.threads.slots", "stretto.threads.tools", "stretto.training.trie"),
+    command="stretto reproduce simpletool",
+    evidence=evidence,
     purpose=(
         "Makes a tool call as quick as its longest argument: name and arguments are decoded at the "
         "same time."

@@ -27,7 +27,7 @@ class Recipe:
 
     name: str
     purpose: str
-    objective: Literal["ar", "masked_diffusion", "block_diffusion", "jacobi_forcing"] = "ar"
+    objective: Literal["ar", "masked_diffusion", "block_diffusion", "jacobi_forcing", "tool_slots"] = "ar"
     base: str | None = None  # model whose weights it starts from
     hidden: int = 192
     layers: int = 6
@@ -62,7 +62,7 @@ class Recipe:
 
     @property
     def causal(self) -> bool:
-        return self.objective in ("ar", "jacobi_forcing")
+        return self.objective in ("ar", "jacobi_forcing", "tool_slots")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +130,11 @@ _ALL: tuple[Recipe | PartRecipe, ...] = (
         name="zoo-tiny-jacobi", purpose="fixes several tokens a forward: zoo:tiny, distilled on its own Jacobi states",
         objective="jacobi_forcing", base="zoo:tiny", trajectories=(8, 16), minutes=20, rows=4, length=256, lr=1.2e-3,
         adam_lr=6e-4, warmup=30, decay=0.6, weights=_LATE,
+    ),
+    Recipe(
+        name="zoo-tiny-tools", purpose="fills all fields of a function call at once (SimpleTool), from zoo:tiny",
+        objective="tool_slots", base="zoo:tiny", minutes=15, rows=8, length=288, lr=2e-3, adam_lr=2e-3, decay=0.6,
+        weights={},
     ),
     PartRecipe(
         name="zoo-tiny-medusa", purpose="Medusa heads for zoo:tiny", kind="medusa", options={"heads": 4},

@@ -35,7 +35,9 @@ from stretto.training.objectives import (
 from stretto.training.probe import Matcher, match_autoregressive, match_diffusion, probe
 from stretto.training.recipes import Recipe
 from stretto.training.recorded import Pools, recorded_data
+from stretto.training.tool_units import tool_data, write_slots
 from stretto.training.trainer import Record, TrainConfig, Trainer
+from stretto.training.trie import TrieLoss
 from stretto.zoo import workbook
 from stretto.zoo.models import resolve
 
@@ -65,7 +67,10 @@ def run(
     match, tests = matcher(recipe, net), test_batches(recipe, 24 if recipe.causal else 2)
     pools = Pools(recipe, model, work / "trajectories") if recipe.objective == "jacobi_forcing" else None
     pad = special_ids()["<|pad|>"]
-    data = recorded_data(recipe, pools, pad_id=pad) if pools is not None else data_of(recipe)
+    if pools is not None:
+        data: Any = recorded_data(recipe, pools, pad_id=pad)
+    else:
+        data = tool_data(recipe, pad_id=pad) if recipe.objective == "tool_slots" else data_of(recipe)
     trainer = Trainer(
         model, net, objective_of(recipe), data, config, folder=work, device=device,
         autocast=fast_dtype(device), callback=lambda t: {"exact": probe(match, tests) if device == "cpu" else {}},
@@ -121,6 +126,8 @@ def ship(recipe: Recipe, trainer: Trainer, record: Record, out: Path, match: Mat
     if recipe.objective == "block_diffusion":  # where SDAR's own configs have it
         config = json.loads((out / checkpoint.CONFIG).read_text())
         write_json(out / checkpoint.CONFIG, config | {"block_size": recipe.block_size})
+    if recipe.objective == "tool_slots":
+        write_slots(out)
     for file in TOKENIZER.iterdir():
         shutil.copy(file, out / file.name)
     for file in out.iterdir():
@@ -179,6 +186,8 @@ def objective_of(recipe: Recipe) -> Objective:
         return BlockDiffusion(mask, recipe.block_size)
     if recipe.objective == "jacobi_forcing":
         return JacobiForcing(recipe.ar_weight)
+    if recipe.objective == "tool_slots":
+        return TrieLoss()
     return Balanced(Autoregressive(), recipe.balance) if recipe.experts else Autoregressive()
 
 

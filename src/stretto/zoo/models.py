@@ -42,6 +42,7 @@ _ALL = (
     ZooModel("tiny-diffusion", "masked diffusion, full attention (kind F)", "decodes in any order"),
     ZooModel("tiny-blocks", "masked diffusion, block-causal (kind B)", "decodes block after block, exact cache"),
     ZooModel("tiny-jacobi", "autoregressive, distilled by Jacobi Forcing", "fixes several tokens a forward by itself"),
+    ZooModel("tiny-tools", "autoregressive, with a stream for each field of a call", "calls functions in few forwards"),
     ZooModel("tiny-moe", "autoregressive, mixture of experts", "experts, placement, offload", draft="tiny-draft"),
 )
 MODELS: dict[str, ZooModel] = {m.name: m for m in _ALL}
