@@ -10,9 +10,12 @@ from stretto.systems.types import Claim, System
 
 def evidence(quick: bool) -> Mapping[str, Any]:
     """Calls on held-out prompts by parallel fields and by JSON, the same weights, in turns."""
-    from stretto.threads.measure_slots import measure
+    from stretto.bench.provenance import provenance
+    from stretto.llm import LLM
+    from stretto.threads.measure_slots import MODEL, measure
 
-    return measure(quick)
+    llm = LLM(MODEL, enable_prefix_caching=False)
+    return measure(llm, quick) | {"provenance": provenance(llm)}
 
 
 SYSTEM = System(

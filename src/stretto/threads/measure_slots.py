@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from stretto.bench.provenance import provenance
 from stretto.engine.params import SamplingParams
 from stretto.threads.slots import call_tool
 from stretto.threads.tools import Parameter, Tool, prompt_of
@@ -22,11 +21,8 @@ RATE = 20.0  # Hz of the control loop
 Answer = tuple[Any, int, int, float]  # (value, forwards, tokens, seconds)
 
 
-def measure(quick: bool) -> dict[str, Any]:
-    """The claims of the paper at our scale; see ``systems/simpletool.py``."""
-    from stretto.llm import LLM
-
-    llm = LLM(MODEL, enable_prefix_caching=False)
+def measure(llm: Any, quick: bool) -> dict[str, Any]:
+    """The claims of the paper at our scale; ``llm``: MODEL without prefix cache. See ``systems/simpletool.py``."""
     found = cases("test", 24 if quick else 160, 11)
     ways: dict[str, Callable[[ToolCase], Answer]] = {
         "json": lambda c: _json(llm, c), "slots": lambda c: _slots(llm, c, "independent"),
@@ -43,8 +39,7 @@ def measure(quick: bool) -> dict[str, Any]:
     return {
         "claims": _claims(summary, wide, step(8) / step(1), loop),
         "all": summary, "four or more arguments": wide, "control loop": loop,
-        "by field": _fields(llm, found),
-        "provenance": provenance(llm, seed=11, cases=len(found)),
+        "by field": _fields(llm, found), "model": MODEL, "cases": len(found), "seed": 11,
     }
 
 
@@ -122,7 +117,8 @@ def _loop(way: Callable[[ToolCase], Answer], found: Sequence[ToolCase]) -> dict[
 
 
 def _claims(
-    every: dict[str, dict[str, float]], wide: dict[str, dict[str, float]], eight: float, loop: dict[str, dict[str, float]],
+    every: dict[str, dict[str, float]], wide: dict[str, dict[str, float]], eight: float,
+    loop: dict[str, dict[str, float]],
 ) -> list[dict[str, Any]]:
     json_, slots, single = wide["json"], wide["slots"], wide["one_by_one"]
     speed, fewer = json_["seconds"] / slots["seconds"], json_["forwards"] / slots["forwards"]
@@ -134,7 +130,8 @@ def _claims(
                         f"exact {every['slots']['exact']:.3f}",
             "baseline": f"the same model's JSON: {1e3 * json_['seconds']:.2f} ms, {json_['forwards']:.1f} forwards, "
                         f"exact {every['json']['exact']:.3f}",
-            "bar": "4-8x fewer forwards than JSON, 3-5x wall clock, exact match within a point on independent arguments",
+            "bar": "4-8x fewer forwards than JSON, 3-5x wall clock, exact match within a point on independent "
+                   "arguments",
             "holds": bool(fewer >= 4 and speed >= 3 and loss <= 0.01),
             "note": f"after_function: {json_['seconds'] / wide['after_function']['seconds']:.2f} x, exact "
                     f"{every['after_function']['exact']:.3f}",

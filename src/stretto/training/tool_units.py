@@ -1,4 +1,4 @@
-"""What teaches a model to fill the fields of a call at the same time (SimpleTool): packs of one prompt and its streams.
+"""What teaches a model to fill the fields of a call at the same time (SimpleTool): one prompt and its streams, packed.
 
 Every case is one trie: the prompt, behind it the call as JSON (the sequential form, so that one model has both), and
 one short stream a field: opener, value, closer. The opener selects the field and stands for the fixed syntax; unused
