@@ -2,7 +2,7 @@
 
 Every case is one trie: the prompt, behind it the call as JSON (the sequential form, so that one model has both), and
 one short stream a field: opener, value, closer. The opener selects the field and stands for the fixed syntax; unused
-fields say null. Only values, nulls and closers are learnt. A share of ordinary workbook examples keeps what the base could do.
+fields say null. Only values, nulls and closers are learnt. A share of ordinary examples keeps what the base could do.
 """
 
 from __future__ import annotations
