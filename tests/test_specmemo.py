@@ -145,8 +145,12 @@ def test_the_bound_is_tight(net):
     both = least(side, side_of(engine(model(seed=1)).runner), 140)["total"]
     assert make("specmemo", engine(net).host, options | {"budget": str(both)}).plan.draft
     assert not make("specmemo", engine(net).host, options | {"budget": str(both - 1)}).plan.draft
-    with pytest.raises(UnsupportedError, match="already keeps to a budget"):
-        make("specmemo", eng.host, options | {"budget": "1MiB"})
+    make("specmemo", eng.host, options | {"budget": "1MiB"})
+    assert eng.runner.max_rows == 1 and eng.runner.alloc.total == 141, "the tighter of two budgets holds"
+    eng = engine(net)
+    run(eng, [([5, 9] * 60, greedy(4), "ar", {})])
+    with pytest.raises(UnsupportedError, match=r"1 rows a forward.*already used 12\d and 12\d"):
+        make("specmemo", eng.host, options | {"budget": str(bound)})
 
 
 def test_a_request_that_cannot_fit_is_refused_alone(net):

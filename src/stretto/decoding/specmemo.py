@@ -46,11 +46,6 @@ class SpecMemo:
     def __init__(self, host: Host, options: Options):
         require_causal(host, self.name)
         runner = host.runner
-        if runner.max_rows is not None:
-            raise UnsupportedError(
-                f"specmemo.budget={options.budget}: this engine already keeps to a budget ({runner.alloc.total} slots, "
-                f"{runner.max_rows} rows a forward): load the model again for another one"
-            )
         self._host, self._o = host, options
         self.budget = parse_size(options.budget)
         self._draft = host.open_runner(options.model) if options.drafter == "draft" else None
@@ -59,7 +54,12 @@ class SpecMemo:
             draft = Side(0, 0, 0, 0, 0)
         self.plan = self._solve(target, draft)
         self.predicted = estimate(target, draft, self.plan)
-        runner.max_rows = self.plan.rows
+        if runner.alloc.peak > self.plan.slots or runner.peak_rows > self.plan.rows:
+            raise UnsupportedError(
+                f"specmemo.budget={options.budget} allows {self.plan.slots} slots and {self.plan.rows} rows a forward; "
+                f"this engine has already used {runner.alloc.peak} and {runner.peak_rows}: load the model again"
+            )
+        runner.max_rows = min(self.plan.rows, runner.max_rows or self.plan.rows)  # the tighter of two budgets holds
         if self.plan.slots < runner.alloc.total:
             runner.alloc.limit(self.plan.slots)
         self._inner = self._drafter()
@@ -103,8 +103,8 @@ class SpecMemo:
             assert draft is not None
             return draft
 
-        host = replace(self._host, open_runner=opened)
-        return make("draft", host, {"model": o.model, "num_draft_tokens": plan.nodes - 1})
+        host = replace(self._host, open_runner=opened)  # coupled: sampled text, too, is the same at every budget
+        return make("draft", host, {"model": o.model, "num_draft_tokens": plan.nodes - 1, "acceptance": "coupled"})
 
     def used(self) -> Mapping[str, int]:
         """Bytes by part: the most that was in use at one time since the model was loaded."""
