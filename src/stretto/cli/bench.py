@@ -1,4 +1,4 @@
-"""``stretto bench MODEL``: every method against plain decoding, in one run."""
+"""``stretto bench MODEL``: every method against plain decoding, in one run. ``stretto bench URL``: load on a server."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from stretto.cli.common import (
     Device,
     Dtype,
     Json,
-    Model,
     Seed,
     Tasks,
     Threads,
     emit,
+    parse_pairs,
     progress,
     split_names,
     verb,
@@ -26,7 +26,9 @@ from stretto.errors import OptionError
 
 @verb
 def bench(
-    model: Model = "zoo:tiny",
+    model: Annotated[
+        str, typer.Argument(help="zoo:NAME, a directory, a hub id; or http://HOST:PORT of a server.")
+    ] = "zoo:tiny",
     methods: Annotated[
         str, typer.Option("--methods", help="Methods, comma-separated; 'all'.")
     ] = "all",
@@ -45,6 +47,20 @@ def bench(
     fast: Annotated[
         bool, typer.Option("--fast", help="Not deterministic: 'equal' is then a share.")
     ] = False,
+    requests: Annotated[int, typer.Option("--requests", help="URL: requests to send.")] = 64,
+    rate: Annotated[float, typer.Option("--rate", help="URL: requests a second; 0 = all together.")] = 4.0,
+    arrivals: Annotated[
+        str, typer.Option("--arrivals", help="URL: poisson, fixed or together.")
+    ] = "poisson",
+    concurrency: Annotated[int, typer.Option("--concurrency", help="URL: most at once; 0 = any.")] = 0,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="URL: tokens of an answer.")] = 64,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option("--limit", metavar="ttft|tpot|e2e=MS", help="URL: limits of the goodput."),
+    ] = None,
+    name: Annotated[str, typer.Option("--model-name", help="URL: the model to ask for.")] = "",
+    prompts: Annotated[Path | None, typer.Option("--prompts", help="URL: a file, one prompt a line.")] = None,
+    api_key: Annotated[str, typer.Option("--api-key", envvar="STRETTO_API_KEY", help="URL: the key.")] = "",
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -52,10 +68,17 @@ def bench(
     config: Config = None,
     as_json: Json = False,
 ) -> None:
-    """Measure methods side by side.
+    """Measure methods side by side, or the latencies of a server.
 
-    For each: speed-up, tokens per forward, share of the same text, quality.
+    MODEL: speed-up, tokens per forward, share of the same text, quality. URL: TTFT, TPOT, ITL, E2E, goodput.
     """
+    if model.startswith(("http://", "https://")):
+        load = {
+            "requests": requests, "rate": rate, "arrivals": arrivals, "concurrency": concurrency,
+            "max_tokens": max_tokens, "limits": _limits(limit), "seed": seed, "body": _body(methods, option),
+        }
+        _load(model, load, name, prompts, split_names(tasks), api_key, html, as_json)
+        return
     if not as_json:
         typer.echo(f"stretto bench {model}: loading", err=True)
     from stretto.bench.runner import bench as measure
@@ -84,6 +107,46 @@ def bench(
     from stretto.bench.table import print_rows
 
     print_rows(result)
+
+
+def _load(
+    url: str, load: dict[str, Any], name: str, prompts: Path | None, tasks: list[str], key: str,
+    html: Path | None, as_json: bool,
+) -> None:
+    from stretto.bench.load import Load, run_load
+    from stretto.bench.load_report import print_load, write_load
+
+    given = prompts.read_text(encoding="utf-8").splitlines() if prompts else None
+    with progress(as_json) as report:
+        result = run_load(
+            url, Load(**load), model=name, prompts=given, tasks=tasks, key=key, progress=report
+        )
+    if html is not None:
+        write_load(result, html)
+    if as_json:
+        emit(result)
+    else:
+        print_load(result)
+
+
+def _body(methods: str, option: list[str] | None) -> dict[str, Any]:
+    """Fields of every request: the method to ask for, where one is named."""
+    names = split_names(methods)
+    if len(names) > 1:
+        raise OptionError("--methods", methods, "one method for a server: run it once for each")
+    if not names:
+        return {}
+    return {"method": names[0], "options": _options(option).get(names[0], {})}
+
+
+def _limits(pairs: list[str] | None) -> dict[str, float]:
+    out = {}
+    for key, value in parse_pairs(pairs).items():
+        try:
+            out[key] = float(value)
+        except ValueError:
+            raise OptionError("--limit", f"{key}={value}", "milliseconds") from None
+    return out
 
 
 def _options(pairs: list[str] | None) -> dict[str, dict[str, Any]]:

@@ -233,7 +233,7 @@ def _about(app: FastAPI, service: Service) -> None:
     @app.get("/health", responses={503: DECLARED[503]})
     async def health() -> Response:
         """A round trip through the engine's loop."""
-        return Json({"status": "ok", **await service.health()})
+        return Json({"status": "ok", "pid": service.link.pid, "starts": service.link.starts, **await service.health()})
 
     @app.get("/ready", responses={503: DECLARED[503]})
     async def ready() -> Response:

@@ -102,10 +102,10 @@ class EventStream(Response):
         try:
             await asyncio.wait([write, leave], return_when=asyncio.FIRST_COMPLETED)
         finally:
+            self._closed()
             for task in (write, leave):
                 task.cancel()
             await asyncio.gather(write, leave, return_exceptions=True)
-            self._closed()
 
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})

@@ -110,7 +110,8 @@ class Channel:
         if not self._held and not self.done:
             self._wake.clear()
             try:
-                await asyncio.wait_for(self._wake.wait(), timeout)
+                async with asyncio.timeout(timeout):  # wait_for of Python 3.11 can swallow a cancellation
+                    await self._wake.wait()
             except TimeoutError:
                 return []
         events = [self._held[c] for c in sorted(self._held)]
@@ -222,7 +223,8 @@ class Link:
         future = self._calls[number] = asyncio.get_running_loop().create_future()
         self._post({"op": "call", "call": number, "name": name, "args": args})
         try:
-            return await asyncio.wait_for(future, timeout)
+            async with asyncio.timeout(timeout):
+                return await future
         except TimeoutError:
             raise EngineError(f"the engine has not answered for {timeout:g} s") from None
         finally:
@@ -253,6 +255,7 @@ class Link:
                         future.set_exception(raised(message["error"]))
                     else:
                         future.set_result(message["value"])
+            await asyncio.sleep(0)  # reading buffered frames never yields: without this a fast engine starves the front
         await self._died()
 
     def _deliver(self, event: dict[str, Any]) -> None:

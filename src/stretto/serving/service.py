@@ -59,6 +59,7 @@ class Service:
             channel_bytes=settings.stream_bytes, watch=self._watch,
         )
         self.draining = False
+        list(METHODS)  # read the files now: Python 3.11 cannot parse in two threads at the same time
         self.created = int(time.time())
         self._keys = [k.encode() for k in settings.api_keys]
         self._ends: deque[float] = deque(maxlen=64)  # when choices finished, for Retry-After

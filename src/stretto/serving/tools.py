@@ -78,7 +78,6 @@ class Reader:
     _depth: int = 0
     _string: bool = False
     _escaped: bool = False
-    _list: bool = False
     _out: list[Any] = field(default_factory=list)
 
     def push(self, piece: str) -> list[Any]:
@@ -111,15 +110,15 @@ class Reader:
     def _opening(self) -> bool:
         """Before a call: skip what may stand there, wait for what may become one."""
         rest = self.text[self._at :]
-        lead = 0
+        lead, listed = 0, bool(self.calls)
         while lead < len(rest):
             tag = next((t for t in TAGS if rest.startswith(t, lead)), None)
             if tag:
                 lead += len(tag)
             elif rest[lead] in " \n\r\t" or (self.calls and rest[lead] in ",]}"):
                 lead += 1
-            elif rest[lead] == "[" and not self.calls and not self._list:
-                self._list, lead = True, lead + 1
+            elif rest[lead] == "[" and not listed:
+                listed, lead = True, lead + 1
             else:
                 break
         body = rest[lead:]
