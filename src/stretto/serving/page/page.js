@@ -154,7 +154,8 @@ async function both(event) {
 
 byId("example").replaceChildren(...EXAMPLES.map(([name], i) => new Option(name, i)));
 byId("example").onchange = () => { byId("prompt").value = EXAMPLES[byId("example").value][1]; };
-byId("prompt").value = EXAMPLES[0][1];
+byId("example").value = "1";
+byId("example").onchange();
 byId("prompt").onkeydown = (e) => { if (e.key === "Enter" && (e.ctrlKey || e.metaKey)) byId("ask").requestSubmit(); };
 byId("key").onchange = load;
 byId("ask").onsubmit = both;
