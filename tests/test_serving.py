@@ -104,7 +104,7 @@ def test_logprobs(client, expected):
     chunks = ask(client, logprobs=True, top_logprobs=2, stream=True, extra_body={"method": "ngram"})
     streamed = [t for c in chunks if c.choices and c.choices[0].logprobs for t in c.choices[0].logprobs.content]
     assert [t.token for t in streamed] == [t.token for t in found]
-    plain = client.completions.create(model="zoo:tiny", prompt="1, 2, 3", max_tokens=4, temperature=0, logprobs=1)
+    plain = client.completions.create(model="zoo:tiny", prompt="1, 2, 3", max_tokens=4, temperature=0, logprobs=1, extra_body={"ignore_eos": True})
     inner = plain.choices[0].logprobs
     assert len(inner.tokens) == len(inner.token_logprobs) == 4 and inner.text_offset[0] == 0
     assert "".join(inner.tokens) == plain.choices[0].text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from stretto.engine.host import Host
 from stretto.engine.params import SamplingParams
 from stretto.engine.runner import Runner
 from stretto.engine.types import Metrics
-from stretto.errors import InputError, OptionError, PromptError, UnsupportedError
+from stretto.errors import CapacityError, InputError, OptionError, PromptError, UnsupportedError
 from stretto.models.checkpoint import load
 from stretto.models.context import plain_logits
 from stretto.models.tokenizer import Tokenizer
@@ -29,6 +30,7 @@ from stretto.zoo.models import resolve
 __all__ = ["LLM", "CompletionOutput", "RequestOutput"]
 
 Prompt = str | list[int]
+DRAFT_ROOM = 64  # rows behind the context in which drafts are verified
 
 
 @dataclass(slots=True)
@@ -65,7 +67,9 @@ class LLM:
     ``model``: a zoo name ("zoo:tiny"), a directory in Hugging Face layout, or a hub id. ``dtype``: "auto",
     "float32", "bfloat16". ``deterministic``: every lossless method returns plain decoding's tokens exactly.
     ``backend``: "auto", "native", "torch". ``kv_cache_tokens``: slots of the K/V pool (default: 1 GiB worth, between
-    4096 and 131072). ``plan=False`` keeps methods from switching themselves off.
+    4096 and 131072). ``plan=False`` keeps methods from switching themselves off. ``kv_layout``: "paged", or "slots": a
+    contiguous region of max_model_len rows for each of max_num_seqs sequences, closed up when one ends unless
+    ``compaction=False`` (engine/slot_cache.py).
 
     Raises CheckpointError for files that are no model, InputError for unusable arguments.
     """
@@ -75,6 +79,7 @@ class LLM:
         backend: str = "auto", max_model_len: int | None = None, max_num_seqs: int = 64,
         max_num_batched_tokens: int | None = None, kv_cache_tokens: int | None = None,
         enable_prefix_caching: bool = True, threads: int | None = None, plan: bool = True,
+        kv_layout: str = "paged", compaction: bool = True,
     ):
         if threads is not None:
             if threads < 1:
@@ -82,6 +87,8 @@ class LLM:
             torch.set_num_threads(threads)
         if backend not in ("auto", "native", "torch"):
             raise OptionError("backend", backend, "auto, native or torch")
+        if kv_layout not in ("paged", "slots"):
+            raise OptionError("kv_layout", kv_layout, "paged or slots")
         self.model_name, self.deterministic = str(model), deterministic
         self._dtype, self._device, self._backend = dtype, device, backend
         self._plan = plan
@@ -90,11 +97,14 @@ class LLM:
         self.config = self.model.config
         self.tokenizer = Tokenizer(path)
         self.tokenizer.check_fits(self.config.vocab_size)
-        slots = kv_cache_tokens or _default_slots(self.config)
-        self.runner = self._runner(self.model, slots, len(self.tokenizer))
         self.max_model_len = min(
             max_model_len or self.config.max_position_embeddings, self.config.max_position_embeddings
         )
+        slots, regions = kv_cache_tokens or _default_slots(self.config), 0
+        if kv_layout == "slots":
+            regions = max_num_seqs
+            slots = _region_slots(self.config, regions, self.max_model_len, kv_cache_tokens)
+        self.runner = self._runner(self.model, slots, len(self.tokenizer), regions=regions, compaction=compaction)
         self.host = Host(
             self.runner, tuple(self.tokenizer.stop_ids(self.config)), self.max_model_len,
             self._open_runner, plan=plan,
@@ -226,10 +236,10 @@ class LLM:
             prompt if isinstance(prompt, str) else None, seq.tokens[: seq.prompt_len], outputs
         )
 
-    def _runner(self, model: Any, slots: int, vocabulary: int) -> Runner:
+    def _runner(self, model: Any, slots: int, vocabulary: int, **layout: Any) -> Runner:
         return Runner(
             model, slots=slots, backend=self._backend, vocabulary=vocabulary,
-            deterministic=self.deterministic,
+            deterministic=self.deterministic, **layout,
         )
 
     def _open_runner(self, name: str) -> Runner:
@@ -248,6 +258,22 @@ class LLM:
 def _default_slots(config: Any) -> int:
     per_slot = 8 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return int(min(131072, max(4096, (1 << 30) // per_slot)))
+
+
+def _region_slots(config: Any, regions: int, max_model_len: int, given: int | None) -> int:
+    """Slots of the layout "slots": whole contexts and room for drafts behind them, or what was given.
+
+    CapacityError names the bytes before anything is allocated.
+    """
+    slots = given or regions * (max_model_len + DRAFT_ROOM)
+    need = slots * 8 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") if hasattr(os, "sysconf") else need
+    if need > pages:
+        raise CapacityError(
+            f"{regions} slots of {slots // regions} rows need {need / 2**30:.1f} GiB of keys and values, "
+            f"{pages / 2**30:.1f} are free: lower max_num_seqs or max_model_len"
+        )
+    return slots
 
 
 def _spread(value: Any, n: int, name: str) -> list[Any]:

@@ -13,13 +13,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from stretto.errors import CapacityError
+from stretto.errors import CapacityError, UnsupportedError
 
 __all__ = ["PrefixCache", "Segment", "SlotAllocator", "View"]
 
 
 class SlotAllocator:
-    """A stack of free slots. Slots handed out together are ascending while the pool is fresh."""
+    """A stack of free slots. Slots handed out together are ascending while the pool is fresh.
+
+    ``shares``: a slot may have several owners (prefixes, forks)."""
+
+    shares = True
 
     def __init__(self, slots: int):
         self.total = slots
@@ -35,7 +39,28 @@ class SlotAllocator:
     def used(self) -> int:
         return self.total - self._n
 
-    def alloc(self, n: int) -> np.ndarray:
+    @property
+    def longest(self) -> int:
+        """Rows that one sequence may have."""
+        return self.total
+
+    @property
+    def most(self) -> int:
+        """Sequences that may have rows at the same time."""
+        return self.total
+
+    def room(self, view: View) -> int:
+        """Rows that ``view`` can get now."""
+        return self._n
+
+    def settle(self, view: View, at: int, slots: np.ndarray) -> np.ndarray:
+        """The slots of rows that stay, at the logical places ``at``, ... of ``view``: here any slot will do."""
+        return slots
+
+    def tidy(self) -> None:
+        """Between two steps: nothing to close up here."""
+
+    def alloc(self, n: int, view: View | None = None) -> np.ndarray:
         """int32 [n]; raises CapacityError when fewer are free."""
         if n > self._n:
             raise CapacityError(f"{n} cache slots wanted, {self._n} of {self.total} are free")
@@ -162,8 +187,17 @@ class View:
         self._shared_n = length
         return segment
 
+    def shift(self, by: int) -> None:
+        """The own rows were moved in the pool, ``by`` slots on."""
+        self._flat[: self._n] += by
+
     def fork(self) -> View:
-        """A second view of the same rows; nothing is copied but slot numbers."""
+        """A second view of the same rows; nothing is copied but slot numbers. UnsupportedError where slots have one
+        owner."""
+        if not self._alloc.shares:
+            raise UnsupportedError(
+                "kv_layout='slots' cannot fork or share a prefix: load the model with kv_layout='paged'"
+            )
         self.freeze(self._n)
         child = View(self._alloc, max(64, self._n + 32))
         for segment, n in self._shared:

@@ -69,10 +69,10 @@ class Engine:
         self.forwards = self.rows = 0
         config = runner.config
         block = config.block_size if config.attention == "block" else 1
-        use_prefix = prefix_caching and config.attention != "full" and 16 % block == 0
+        use_prefix = prefix_caching and config.attention != "full" and 16 % block == 0 and runner.alloc.shares
         self.prefix = PrefixCache(runner.alloc) if use_prefix else None
         self.scheduler = Scheduler(
-            runner, self.prefix, max_rows=max_rows, max_seqs=max_seqs, block=block
+            runner, self.prefix, max_rows=max_rows, max_seqs=min(max_seqs, runner.alloc.most), block=block
         )
         self._block = block
         self._make_decoder = make_decoder
@@ -128,7 +128,7 @@ class Engine:
             stops = StopChecker(params, self.host.stop_ids, decoder)
             streams.append(Stream(request, choice, seq, stops, entry, arrival))
         first, rest = streams[0], streams[1:]
-        if method.prefill(first.seq):
+        if self.runner.alloc.shares and method.prefill(first.seq):
             first.entry.forks = [s.entry for s in rest]
         for stream in streams:
             self._streams[stream.seq] = stream
@@ -154,10 +154,10 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens and max_tokens is {params.max_tokens}: together at most "
                 f"{limit} (max_model_len); shorten the prompt or lower max_tokens"
             )
-        total = self.runner.alloc.total
+        total = self.runner.alloc.longest
         if len(prompt) + params.max_tokens + 64 > total:
             raise CapacityError(
-                f"the request may need {len(prompt) + params.max_tokens + 64} cache slots, the pool has {total}: "
+                f"the request may need {len(prompt) + params.max_tokens + 64} cache slots, one may have {total}: "
                 "raise kv_cache_tokens or lower max_tokens"
             )
 
@@ -218,7 +218,7 @@ class Engine:
             view.truncate(commit.truncate)
         rows = commit.keep
         if commit.replace is None and isinstance(rows, range) and rows.start == 0 and rows.step == 1:
-            view.append(slots[: len(rows)])
+            view.append(alloc.settle(view, len(view), slots[: len(rows)]))
             if len(rows) < len(slots):
                 alloc.release(slots[len(rows) :])
             return
@@ -227,10 +227,10 @@ class Engine:
         if commit.replace is not None:
             start, inside = commit.replace
             inside = list(inside)
-            view.replace(start, slots[inside])
+            view.replace(start, alloc.settle(view, start, slots[inside]))
             kept.update(inside)
         if rows:
-            view.append(slots[rows])
+            view.append(alloc.settle(view, len(view), slots[rows]))
         if len(kept) < len(slots):
             alloc.release(slots[[i for i in range(len(slots)) if i not in kept]])
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from stretto.engine.cache import SlotAllocator
+from stretto.engine.slot_cache import SlotCache
 from stretto.errors import CapacityError, OptionError, UnsupportedError
 from stretto.models.batch import Early, FlatBatch, ForwardResult, KVPool
 from stretto.models.context import forward_batch
@@ -43,12 +44,14 @@ class Runner:
 
     ``deterministic``: a row's bits depend on its own text alone. The native forward is always so, the torch one
     then multiplies in blocks of 16 rows and lets every row attend alone.
+    ``regions`` > 0: the cache has the "slots" layout, a contiguous region for each of so many sequences
+    (engine/slot_cache.py); ``compaction`` closes them up.
     ``forward`` returns logits with the ids that the tokenizer does not know at -inf.
     """
 
     def __init__(
         self, model: Transformer, *, slots: int, backend: str = "auto", vocabulary: int | None = None,
-        deterministic: bool = False,
+        deterministic: bool = False, regions: int = 0, compaction: bool = True,
     ):
         self.model, self.config = model, model.config
         c = model.config
@@ -63,7 +66,10 @@ class Runner:
             c.num_hidden_layers, slots, c.num_key_value_heads, c.head_dim,
             dtype=kv_dtype, device=weight.device,
         )
-        self.alloc = SlotAllocator(slots)
+        self.alloc: SlotAllocator | SlotCache = SlotAllocator(slots)
+        if regions:
+            self.alloc = SlotCache(slots, regions, self._copy, compaction=compaction)
+            self.pool.region = self.alloc.length
         self.max_rows: int | None = None  # most rows of a forward, where memory is short; who plans rows obeys
         self.peak_rows = self.peak_logits = 0  # rows of the largest forward, and of the largest logits
         self.vocabulary = min(vocabulary or c.vocab_size, c.vocab_size)
@@ -97,6 +103,18 @@ class Runner:
             result = forward_batch(self.model, self.pool, batch, rowwise=self._rowwise, early=shown)
             self._close(result)
         return result
+
+    def _copy(self, source: np.ndarray, target: np.ndarray) -> int:
+        """Move what belongs to rows to other slots; the bytes copied. The runs may overlap."""
+        a, b = (torch.from_numpy(np.asarray(x, np.int64)).to(self.pool.k.device) for x in (source, target))
+        for x in (self.pool.k, self.pool.v):
+            x[:, b] = x[:, a]
+        for x in self.states.values():
+            x[b] = x[a]
+        self.pool.positions[target] = self.pool.positions[source]
+        self.written[target] = self.written[source]
+        kept = sum(x[0].numel() * x.element_size() for x in self.states.values())
+        return len(source) * (self.pool.nbytes // self.pool.slots + kept)
 
     def matrix(self, weight: torch.Tensor) -> Matrix:
         """``weight`` [H, H] ready for rows that enter in mid-stack (``Step.entries``)."""

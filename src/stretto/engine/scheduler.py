@@ -61,6 +61,7 @@ class Scheduler:
     def plan(self) -> list[Plan]:
         """The plans of the next forward, slots allotted; empty when there is nothing to do."""
         before = self.preemptions
+        self._alloc.tidy()
         self._admit()
         plans = self._allot(self._prompts(self._proposals()))
         if self.preemptions == before and not plans and self.running:
@@ -154,7 +155,7 @@ class Scheduler:
     def _allot(self, plans: list[Plan]) -> list[Plan]:
         """Give each plan its slots; preempt from the back when they run out."""
         wanted = sum(p.rows for p in plans)
-        if wanted <= self._alloc.free:
+        if self._alloc.shares and wanted <= self._alloc.free:  # any slot will do
             slots, at = self._alloc.alloc(wanted), 0
             for plan in plans:
                 plan.slots = slots[at : at + plan.rows]
@@ -167,7 +168,7 @@ class Scheduler:
             if plan.seq not in rank:
                 continue  # preempted while this forward was planned
             self._reclaim(plan.rows)
-            while plan.rows > self._alloc.free and (victim := self._victim(plan.seq)):
+            while plan.rows > self._alloc.room(plan.seq.view) and (victim := self._victim(plan.seq)):
                 for other in [p for p in done if p.seq is victim.seq]:
                     self._alloc.release(other.slots)
                     done.remove(other)
@@ -176,8 +177,8 @@ class Scheduler:
                 if victim.seq is plan.seq:
                     break
                 self._reclaim(plan.rows)
-            if plan.seq in rank and plan.rows <= self._alloc.free:
-                plan.slots = self._alloc.alloc(plan.rows)
+            if plan.seq in rank and plan.rows <= self._alloc.room(plan.seq.view):
+                plan.slots = self._alloc.alloc(plan.rows, plan.seq.view)
                 done.append(plan)
         return done
 

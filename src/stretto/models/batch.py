@@ -110,6 +110,7 @@ class KVPool:
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.positions = np.zeros(slots, np.int32)  # logical position of each slot's key
+        self.region = 0  # > 0: every sequence has so many slots of its own, side by side (layout "slots")
 
     def part(self, first: int, last: int) -> KVPool:
         """The same memory, layers ``first``..``last`` - 1 only."""

@@ -18,19 +18,13 @@ from torch import Tensor
 from stretto.errors import OptionError, PromptError, UnsupportedError
 from stretto.models.batch import EarlyLogits, FlatBatch, ForwardResult, KVPool
 from stretto.models.entries import check
+from stretto.models.strided import Strided, strided
 
 if TYPE_CHECKING:
     from stretto.models.config import ModelConfig
     from stretto.models.transformer import Transformer
 
-__all__ = [
-    "AttentionContext",
-    "PackedContext",
-    "PoolContext",
-    "forward_batch",
-    "packed",
-    "plain_logits",
-]
+__all__ = ["AttentionContext", "PackedContext", "PoolContext", "forward_batch", "packed", "plain_logits"]
 
 ALONE_COLUMNS = 512  # float32 attention on CPUs works in column blocks of this size
 
@@ -169,7 +163,7 @@ class _Group:
 
     rows: Tensor | slice  # int64 [g * r], or the slice of the batch it is
     shape: tuple[int, int, int]  # g, r, m
-    keys: Tensor | slice  # int64 [g * m] slots, or the slice of the pool it is
+    keys: Tensor | slice | Strided  # int64 [g * m] slots, the slice of the pool it is, or a view of it
     visible: Tensor | None  # bool [g, r, m]; None = all
     causal: bool  # the mask is exactly lower triangular
     distance: Tensor | None  # int32 [g, r, m]: position of the row minus that of the key (sliding windows)
@@ -214,7 +208,10 @@ class PoolContext:
         self, i: int, group: _Group, layer: int, q: Tensor, keys: Tensor, values: Tensor
     ) -> Tensor:
         g, r, m = group.shape
-        gathered = [x[group.keys].to(q.dtype).view(g, m, *x.shape[1:]) for x in (keys, values)]
+        if isinstance(group.keys, Strided):
+            gathered = [group.keys.view(x).to(q.dtype) for x in (keys, values)]
+        else:
+            gathered = [x[group.keys].to(q.dtype).view(g, m, *x.shape[1:]) for x in (keys, values)]
         rows = q[group.rows].view(g, r, *q.shape[1:])
         window = self._windows[layer]
         if group.causal and (window is None or window >= m):
@@ -267,7 +264,7 @@ def _groups(pool: KVPool, batch: FlatBatch, distances: bool) -> list[_Group]:
         context = batch.context[batch.context_ptr[q] : batch.context_ptr[q + 1]]
         item = _one(batch, rows, context)
         size = len(item[1])
-        bucket = (len(rows), max(6, size.bit_length()))
+        bucket = (len(rows), 0 if pool.region else max(6, size.bit_length()))
         buckets.setdefault(bucket, []).append(item)
     return [_merge(pool, batch, items, distances) for items in buckets.values()]
 
@@ -307,6 +304,7 @@ def _merge(
     m = columns or max(sizes)
     device = pool.k.device
     rows = np.concatenate([rows for rows, _, _ in items])
+    dense = strided([keys for _, keys, _ in items], m, pool.slots) if pool.region else None
     keys = np.zeros((g, m), np.int64)
     padded = min(sizes) < m or columns is not None
     visible = None
@@ -330,7 +328,7 @@ def _merge(
     return _Group(
         rows=_run(rows, device),
         shape=(g, r, m),
-        keys=_run(keys.ravel(), device),
+        keys=dense or _run(keys.ravel(), device),
         visible=None if visible is None else torch.from_numpy(visible).to(device),
         causal=bool(causal),
         distance=distance,
