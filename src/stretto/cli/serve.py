@@ -46,6 +46,9 @@ def serve(
     prefix_caching: Annotated[
         bool, typer.Option("--prefix-caching/--no-prefix-caching", help="Share prefixes.")
     ] = True,
+    kv_layout: Annotated[
+        str, typer.Option("--kv-layout", help="paged, or slots: a contiguous region a sequence.")
+    ] = "paged",
     max_queued_requests: Annotated[
         int, typer.Option("--max-queued-requests", help="Choices that may wait; beyond: 429.")
     ] = 256,
@@ -87,7 +90,7 @@ def serve(
         "dtype": dtype, "device": device, "threads": threads, "deterministic": deterministic,
         "max_model_len": max_model_len, "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens, "kv_cache_tokens": kv_cache_tokens,
-        "enable_prefix_caching": prefix_caching,
+        "enable_prefix_caching": prefix_caching, "kv_layout": kv_layout,
     }
     keys = [*(api_key or []), *filter(None, [os.environ.get("STRETTO_API_KEY")])]
     for key in keys:

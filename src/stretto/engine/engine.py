@@ -80,6 +80,11 @@ class Engine:
         self._ids, self._requests = itertools.count(), itertools.count()
 
     @property
+    def streams(self) -> list[Stream]:
+        """Those that are not finished."""
+        return list(self._streams.values())
+
+    @property
     def busy(self) -> bool:
         return bool(self._streams)
 
