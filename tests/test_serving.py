@@ -104,7 +104,8 @@ def test_logprobs(client, expected):
     chunks = ask(client, logprobs=True, top_logprobs=2, stream=True, extra_body={"method": "ngram"})
     streamed = [t for c in chunks if c.choices and c.choices[0].logprobs for t in c.choices[0].logprobs.content]
     assert [t.token for t in streamed] == [t.token for t in found]
-    plain = client.completions.create(model="zoo:tiny", prompt="1, 2, 3", max_tokens=4, temperature=0, logprobs=1, extra_body={"ignore_eos": True})
+    asked = f"<|im_start|>user\n{CALL}<|im_end|>\n<|im_start|>assistant\n"
+    plain = client.completions.create(model="zoo:tiny", prompt=asked, max_tokens=4, temperature=0, logprobs=1)
     inner = plain.choices[0].logprobs
     assert len(inner.tokens) == len(inner.token_logprobs) == 4 and inner.text_offset[0] == 0
     assert "".join(inner.tokens) == plain.choices[0].text
@@ -121,6 +122,12 @@ def test_completions_of_several_prompts(client):
     assert [c.text for c in client.completions.create(prompt=ids, **given).choices] == want
     echoed = client.completions.create(prompt=prompts[0], echo=True, **given)
     assert echoed.choices[0].text == prompts[0] + want[0]
+    scored = client.completions.create(prompt=ids[0], echo=True, logprobs=2, **(given | {"max_tokens": 0})).choices[0]
+    law = llm.logits(ids[0]).double().log_softmax(-1)
+    assert scored.text == prompts[0] and scored.logprobs.tokens == [llm.tokenizer.decode([t]) for t in ids[0]]
+    assert scored.logprobs.token_logprobs[0] is None and len(scored.logprobs.top_logprobs[1]) == 2
+    want_law = [float(law[i, t]) for i, t in enumerate(ids[0][1:])]
+    assert scored.logprobs.token_logprobs[1:] == pytest.approx(want_law, abs=1e-3)
     pieces = ["", ""]
     for chunk in client.completions.create(prompt=prompts, stream=True, **given):
         for choice in chunk.choices:

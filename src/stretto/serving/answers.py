@@ -123,12 +123,10 @@ class CompletionShape(Shape):
     whole = partial = "text_completion"
 
     def choice(self, job: Job, answer: Answer, index: int) -> dict[str, Any]:
-        found = None
-        text = answer.text
-        if job.echo:
-            text = (job.text or "") + text
-        if job.top is not None:
-            found = self._logprobs(job, vars_of(answer), len(job.text or "") if job.echo else 0)
+        if job.drop:
+            answer.text, answer.tokens, answer.logprobs, answer.finish = "", [], [], "length"
+        text = (job.text or "") + answer.text if job.echo else answer.text
+        found = self._logprobs(job, vars_of(answer), 0) if job.top is not None else None
         return {"index": index, "text": text, "logprobs": found, "finish_reason": answer.finish}
 
     def opening(self, index: int) -> dict[str, Any] | None:
@@ -143,6 +141,10 @@ class CompletionShape(Shape):
 
     def _logprobs(self, job: Job, event: Mapping[str, Any], offset: int) -> dict[str, Any]:
         out: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        if job.scores is not None:
+            for token, law in zip(job.prompt, [None, *job.scores], strict=True):
+                self.put(out, token, law, job.top or 0, offset)
+                offset += len(out["tokens"][-1])
         for token, pairs in self.shown(event):
             self.put(out, token, dict(pairs) if pairs is not None else None, job.top or 0, offset)
             offset += len(out["tokens"][-1])

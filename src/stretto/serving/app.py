@@ -100,6 +100,10 @@ async def _answer(
             channels.append(service.submit(job, f"{shape.id}-{i}"))
         for channel in channels:
             await channel.accepted()
+        for job in jobs:
+            if job.echo and job.top is not None:
+                found = await service.link.call("score", service.settings.score_timeout, prompt=job.prompt, top=job.top)
+                job.scores = [dict(map(tuple, pairs)) for pairs in found]
         if body.stream:
             events = _chunks(service, body, jobs, channels, shape)
             return EventStream(events, lambda: _abort(service, channels), headers=_headers(body))

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from stretto.decoding.registry import make
 from stretto.engine.engine import Progress, Stream
 from stretto.engine.params import SamplingParams
@@ -48,7 +50,7 @@ class Loop:
         self._owner: dict[Stream, _Live] = {}
         self._methods: OrderedDict[str, Any] = OrderedDict()
         self._closed = False
-        self.calls: dict[str, Callable[..., Any]] = {"stats": self.stats}
+        self.calls: dict[str, Callable[..., Any]] = {"stats": self.stats, "score": self.score}
         self.after_step: list[Callable[[list[Progress]], None]] = []
 
     def post(self, message: dict[str, Any]) -> None:
@@ -76,6 +78,18 @@ class Loop:
             "prefix_queries": prefix.queries if prefix else 0, "prefix_hits": prefix.hits if prefix else 0,
             "preemptions": engine.scheduler.preemptions, "forwards": engine.forwards, "rows": engine.rows,
         }
+
+    def score(self, prompt: list[int], top: int) -> list[list[Any]]:
+        """For every token of ``prompt`` from the second on: [id, log-probability] of itself and the ``top`` best.
+
+        One plain forward without cache: nothing that is cached is read, and nothing else runs meanwhile.
+        """
+        law = torch.log_softmax(self.llm.logits(prompt)[:-1].double(), -1)
+        best = torch.topk(law, max(1, top)).indices.tolist()
+        return [
+            [[t, float(row[t])] for t in dict.fromkeys([token, *ids[:top]])]
+            for token, row, ids in zip(prompt[1:], law, best, strict=True)
+        ]
 
     def _drain(self) -> None:
         wait = not self.llm.engine.busy

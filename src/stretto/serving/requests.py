@@ -62,6 +62,8 @@ class Job:
     top: int | None = None  # log-probabilities asked for beside the token's own
     echo: bool = False
     text: str | None = None  # the prompt, where echo needs it
+    drop: bool = False  # max_tokens was 0: what is generated is not wanted
+    scores: list[dict[int, float]] | None = None  # log-probabilities of the prompt's tokens from the second on
 
     def message(self, request: str) -> dict[str, Any]:
         return {
@@ -167,9 +169,9 @@ def _job(
 def _checked(job: Job) -> Job:
     """Raise now what the engine would refuse; max_tokens 0 is allowed where a text is only echoed."""
     if job.params["max_tokens"] == 0 and job.echo:
-        SamplingParams.make(**{**job.params, "max_tokens": 1, "min_tokens": 0})
-    else:
-        SamplingParams.make(**job.params)
+        job.params.update(max_tokens=1, min_tokens=0, n=1)
+        job.drop = True
+    SamplingParams.make(**job.params)
     return job
 
 

@@ -40,6 +40,7 @@ class Settings:
     timeout: float | None = None
     health_timeout: float = 5.0
     drain_timeout: float = 30.0
+    score_timeout: float = 120.0
     restarts: int = 0
     linger: float = 3.0
     strict: bool = False
