@@ -18,8 +18,9 @@ import torch
 
 from stretto.engine.cache import View
 from stretto.engine.engine import Stream
+from stretto.engine.feed import Feed
 from stretto.engine.params import SamplingParams
-from stretto.engine.types import Commit, Lease, Metrics, Outcome, Sequence, Step
+from stretto.engine.types import Lease, Metrics
 from stretto.errors import CapacityError, InputError, OptionError
 from stretto.joins import join
 
@@ -58,36 +59,6 @@ class Usage:
     generated: int = 0
     critical_path: int = 0
     forwards: int = 0
-
-
-class _Feed:
-    """Evaluates what is not cached of a thread and generates nothing; with ``logits``, those of the last rows."""
-
-    name, lossless = "feed", True
-
-    def __init__(self, wanted: int = 0):
-        self.wanted = wanted  # rows from the end whose logits are kept
-        self.logits = torch.empty(0)
-
-    def admit(self, seq: Sequence) -> None:
-        pass
-
-    def prefill(self, seq: Sequence) -> int:
-        return len(seq.tokens) - max(1, self.wanted)
-
-    def propose(self, seqs: list[Sequence]) -> list[Step]:
-        n = max(1, self.wanted)
-        return [Step(s.tokens[len(s.tokens) - n :], logits=range(n if self.wanted else 0)) for s in seqs]
-
-    def commit(self, seqs: list[Sequence], steps: list[Step], outcomes: list[Outcome]) -> list[Commit]:
-        self.logits = outcomes[0].logits.clone()
-        return [Commit(keep=range(len(step)), finished="stop") for step in steps]
-
-    def release(self, seq: Sequence) -> None:
-        pass
-
-    def preemptible(self, seq: Sequence) -> bool:
-        return False
 
 
 @dataclass(eq=False)
@@ -209,7 +180,7 @@ class Thread:
             return []
         (child,) = self.fork(1)
         child.tokens += ids
-        feed = _Feed(len(ids) + 1)
+        feed = Feed(len(ids) + 1)
         child.view.truncate(min(len(child.view), len(self.tokens) - 1))
         self.session.run([(child, feed, SamplingParams(max_tokens=1))])
         self._drop(child)
@@ -325,7 +296,7 @@ class Session(Thread):
     def evaluate(self, thread: Thread) -> None:
         """Cache every token of a thread now."""
         if len(thread.view) < len(thread.tokens):
-            self.run([(thread, _Feed(), SamplingParams(max_tokens=1))])
+            self.run([(thread, Feed(), SamplingParams(max_tokens=1))])
 
     def run(self, jobs: list[tuple[Thread, Any, SamplingParams]]) -> list[Generated]:
         """Run all jobs (thread, method, parameters) in shared forwards."""
@@ -388,7 +359,7 @@ class Session(Thread):
             raise OptionError("n", params.n, "1 in a session: fork instead")
         if self.max_evaluated is not None and self.usage.evaluated >= self.max_evaluated:
             raise CapacityError(f"{self.usage.evaluated} tokens were evaluated: max_evaluated={self.max_evaluated}")
-        if self.max_path is None or isinstance(method, _Feed):
+        if self.max_path is None or isinstance(method, Feed):
             return params
         left = self.max_path - thread.depth
         if left < 1:
@@ -404,7 +375,7 @@ class Session(Thread):
             thread.tokens = list(seq.tokens)
             thread.view.truncate(min(len(thread.view), len(thread.tokens)))
             thread.depth += len(new)
-            thread.gens += not isinstance(method, _Feed)
+            thread.gens += not isinstance(method, Feed)
             self.usage.evaluated += seq.metrics.rows
             self.usage.generated += len(new)
             self.usage.critical_path = max(self.usage.critical_path, thread.depth)
