@@ -18,6 +18,8 @@ CASES = {
         {"drafter": "suffix", "budget": "170KiB", "context": 200},
     ],
     "mirror": [{"model": "other", "early_top_k": 3}],
+    "ppd": [{}, {"tree_budget": 14}],
+    "hidden_transfer": [{}, {"tree_budget": 11}],
     "jacobi_forcing": [{}, {"block_size": 3, "num_blocks": 3, "spawn_ratio": 0.5, "max_candidates": 2, "init": "pad"}],
 }
 TEXT = [5, 9, 7, 5, 9, 7, 5, 9, 7, 11, 5, 9]

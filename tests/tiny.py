@@ -12,8 +12,10 @@ from stretto.engine.host import Host
 from stretto.engine.params import SamplingParams
 from stretto.engine.runner import Runner
 from stretto.errors import UnsupportedError
+from stretto.models.adapter import Adapter, Base
 from stretto.models.config import ModelConfig
 from stretto.models.transformer import Transformer
+from stretto.training.parts import FrozenNet, make_part
 
 V, EOS, MASK = 64, 3, 4
 
@@ -52,6 +54,23 @@ class Letters:
         return ""
 
 
+_PARTS: dict = {}
+
+
+def random_part(net: Transformer, kind: str, seed: int = 0, **options) -> Adapter:
+    """A part of ``kind`` for ``net`` with random weights; "auto" and every other name mean it in ``engine``."""
+    key = (id(net), kind, seed, repr(options))
+    if key not in _PARTS:
+        torch.manual_seed(seed)
+        part = make_part(kind, FrozenNet(net), **options)
+        with torch.no_grad():
+            for p in part.module.parameters():
+                p.add_(0.3 * torch.randn_like(p) / p.shape[-1] ** 0.5)
+        tensors = {n: t.detach().clone() for n, t in part.module.state_dict().items()}
+        _PARTS[key] = (net, Adapter(kind, Base.of(net), tensors, part.config))
+    return _PARTS[key][1]
+
+
 def engine(net: Transformer, *, slots: int = 4096, backend: str = "auto", stop=(EOS,), plan=False, **options):
     runner = Runner(copy.deepcopy(net) if backend == "torch" else net, slots=slots, backend=backend, deterministic=True)
 
@@ -60,7 +79,10 @@ def engine(net: Transformer, *, slots: int = 4096, backend: str = "auto", stop=(
             raise UnsupportedError(name)
         return Runner(model(seed=1), slots=slots, backend=backend, deterministic=True)
 
-    host = Host(runner, tuple(stop), net.config.max_position_embeddings, open_runner, plan=plan)
+    host = Host(
+        runner, tuple(stop), net.config.max_position_embeddings, open_runner, plan=plan,
+        parts=lambda kind, name: random_part(net, kind),
+    )
     return Engine(runner, host, make_decoder=lambda skip: Letters(), **options)
 
 

@@ -89,6 +89,12 @@ class Planner:
         trials = [min(t, PRIOR_TRIALS) for t in self.shared.trials]
         return Pace(Rates(self.shared.rate, trials, OWN_HORIZON))
 
+    @property
+    def overhead(self) -> float:
+        """Seconds of a step with drafts beside its forward; 0 until it is known."""
+        known = self._around[1].value or self._around[0].value
+        return max(0.0, self._between.value) + self._own[1].value + max(0.0, known)
+
     def begin(self) -> float:
         """Call first in propose; the moment, for ``pause``. Times are looked at in one step of SAMPLE."""
         now = time.perf_counter()

@@ -27,9 +27,13 @@ import numpy as np
 from stretto.decoding.tree import Shape, best_first
 from stretto.errors import OptionError
 
-__all__ = ["Kind", "Plan", "SlotTree", "best_plan", "evaluate", "fixed_plan", "own", "spread"]
+__all__ = [
+    "Kind", "Plan", "Price", "SlotTree", "best_plan", "best_tree", "evaluate", "fixed_plan", "group_mask", "own",
+    "spread",
+]
 
 Kind = tuple[float, Seq[Seq[float]]]  # share of the text, acc[d][r]
+MASKS = ("ensemble", "decoder", "encoder")
 ROUNDS = 12  # of policy iteration, at most
 
 
@@ -76,6 +80,24 @@ class Plan:
     rows: float
     law: tuple[float, ...]
     worth: tuple[float, ...]
+
+
+def group_mask(k: int, members: int, kind: str) -> np.ndarray:
+    """Who sees whom among the slots of one node: bool [k, members, k, members], itself included.
+
+    A slot is the mean of its members, which share a position. "ensemble": member j sees the members j of earlier slots.
+    "decoder": all members of earlier slots, and earlier ones of its own. "encoder": all members up to its own slot.
+    """
+    if kind not in MASKS:
+        raise OptionError("mask", kind, ", ".join(MASKS))
+    i, j = (x.reshape(-1, 1) for x in np.divmod(np.arange(k * members), members))
+    if kind == "ensemble":
+        seen = (i >= i.T) & (j == j.T)
+    elif kind == "decoder":
+        seen = (i > i.T) | ((i == i.T) & (j >= j.T))
+    else:
+        seen = i >= i.T
+    return seen.reshape(k, members, k, members)
 
 
 def own(tree: SlotTree | Shape) -> list[float]:
@@ -199,7 +221,7 @@ def best_plan(
     """
     k, total = len(kinds[0][1]), sum(share for share, _ in kinds)
     shares = [share / total for share, _ in kinds]
-    price = _Price(seconds, fixed, [1.0] * k if slot_rows is None else list(slot_rows))
+    price = Price(seconds, fixed, [1.0] * k if slot_rows is None else list(slot_rows))
     shapes = [[best_first(acc[:s], min(nodes, rows - 1)) for _, acc in kinds] for s in range(k + 1)]
     worth, rate = [0.3 * s for s in range(k + 1)], 1.0 / price.of(SINGLE)
     best = plan = None
@@ -214,7 +236,7 @@ def best_plan(
     return plain if best is None or plain.rate >= best.rate else best
 
 
-class _Price:
+class Price:
     """Seconds of a step."""
 
     def __init__(self, seconds: Seq[float], fixed: float, slot_rows: Seq[float]):
@@ -233,7 +255,7 @@ class _Price:
         return self.fixed + table[n] + part * (table[n + 1] - table[n])
 
 
-def best_tree(shape: Shape, worth: Seq[float], rate: float, price: _Price, rows: int) -> SlotTree:
+def best_tree(shape: Shape, worth: Seq[float], rate: float, price: Price, rows: int) -> SlotTree:
     """The prefix of ``shape`` and its slots with the largest value: tokens now, what the state reached is worth, less
     ``rate`` tokens for every second. ``rows``: at most."""
     k, jumps = len(worth) - 1, _jumps(worth, price.after)
@@ -270,7 +292,7 @@ def _jumps(worth: Seq[float], after: Seq[float]) -> list[tuple[float, int, float
 
 
 def _fill(
-    last: Seq[float], jumps: Seq[tuple[float, int, float]], gained: float, rate: float, price: _Price, room: int,
+    last: Seq[float], jumps: Seq[tuple[float, int, float]], gained: float, rate: float, price: Price, room: int,
     k: int,
 ) -> tuple[float, list[int]]:
     """The best slots for nodes that are last with probability ``last``: the value, and the slots of every node."""

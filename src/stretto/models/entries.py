@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stretto.errors import UnsupportedError
+from stretto.errors import OptionError, UnsupportedError
 from stretto.models.batch import FlatBatch
 
-__all__ = ["Entry", "Matrix", "check", "enter", "entry_layers", "sink", "structs"]
+__all__ = ["Entry", "Matrix", "check", "check_layers", "enter", "entry_layers", "sink", "structs"]
 
 
 class _Struct(ctypes.Structure):
@@ -64,6 +64,15 @@ def entry_layers(batch: FlatBatch) -> np.ndarray:
     for entry in batch.entries:
         out[entry.rows] = entry.layer
     return out
+
+
+def check_layers(entries: Sequence[int], layers: int, chain: bool = False) -> None:
+    """OptionError unless slots may enter behind these layers, one after the other."""
+    given = list(entries)
+    if not given or min(given) < 0 or max(given) > layers or given != sorted(given):
+        raise OptionError("entries", given, f"layers 0..{layers} that do not fall: slot i is seen by those after it")
+    if chain and len(set(given)) > 1:
+        raise OptionError("entries", given, "one layer for all slots of a chain")
 
 
 def check(batch: FlatBatch, layers: int) -> None:

@@ -82,9 +82,9 @@ class MuonAdamW:
         decayed, plain = [p for p in rest if p.ndim >= 2], [p for p in rest if p.ndim < 2]
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
         fused = {"fused": True} if all(p.device.type in {"cpu", "cuda"} for p in rest) else {}
-        self.parts: list[tuple[torch.optim.Optimizer, float]] = [
-            (torch.optim.AdamW([g for g in groups if g["params"]], lr=adam_lr, betas=betas, eps=1e-9, **fused), adam_lr)
-        ]
+        self.parts: list[tuple[torch.optim.Optimizer, float]] = []
+        if used := [g for g in groups if g["params"]]:
+            self.parts.append((torch.optim.AdamW(used, lr=adam_lr, betas=betas, eps=1e-9, **fused), adam_lr))
         if matrices:
             self.parts.append((Muon(matrices, lr=lr, weight_decay=weight_decay), lr))
 

@@ -49,6 +49,8 @@ __all__ = ["KINDS", "FrozenNet", "Kind", "acceptance", "ahead", "make_part", "ow
 
 KINDS = {  # kind -> "module:class"
     "medusa": "stretto.training.drafters:Medusa",
+    "ppd": "stretto.training.slot_rows:PromptTokens",
+    "hidden_transfer": "stretto.training.slot_rows:HiddenTransfer",
 }
 WIDTH = 8  # ranks of the acceptance statistics
 TEST_EXAMPLES = 12  # of every task

@@ -139,6 +139,18 @@ _ALL: tuple[Recipe | PartRecipe, ...] = (
     PartRecipe(
         name="zoo-tiny-medusa", purpose="Medusa heads for zoo:tiny", kind="medusa", options={"heads": 4},
     ),
+    PartRecipe(
+        name="zoo-tiny-ppd", purpose="prompt tokens for zoo:tiny", kind="ppd", options={"tokens": 4}, rows=6,
+        adam_lr=5e-2, weight_decay=0.0, warmup=10, average=0.97,
+    ),
+    PartRecipe(
+        name="zoo-tiny-draft-ppd", purpose="prompt tokens for zoo:tiny-draft", kind="ppd", base="zoo:tiny-draft",
+        options={"tokens": 3}, rows=6, adam_lr=5e-2, weight_decay=0.0, warmup=10, average=0.97, minutes=4,
+    ),
+    PartRecipe(
+        name="zoo-tiny-hidden-transfer", purpose="transfer matrices for zoo:tiny", kind="hidden_transfer",
+        options={"entries": [2, 2, 2, 2]}, rows=6, lr=2e-2, weight_decay=0.0, warmup=10, average=0.97,
+    ),
 )
 RECIPES: dict[str, Recipe | PartRecipe] = {r.name: r for r in _ALL}
 

@@ -65,6 +65,9 @@ class ZooPart:
 
 _PARTS = (
     ZooPart("tiny-medusa", "medusa", "tiny", "Medusa heads"),
+    ZooPart("tiny-ppd", "ppd", "tiny", "prompt tokens"),
+    ZooPart("tiny-draft-ppd", "ppd", "tiny-draft", "prompt tokens"),
+    ZooPart("tiny-hidden-transfer", "hidden_transfer", "tiny", "transfer matrices"),
 )
 PARTS: dict[str, ZooPart] = {p.name: p for p in _PARTS}
 

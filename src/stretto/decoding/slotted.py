@@ -1,0 +1,239 @@
+"""Drafting by slots at run time: what ppd and hidden_transfer share.
+
+A step's rows are the nodes of a draft tree, then the slots of those nodes, first slots first. Everything that depends
+on the tree alone is made once (``Rows``), so that a step costs a dictionary look-up, two lists of tokens and a top-k.
+
+The trees come from ``slots.best_plan`` on the measured curve, for the number of sequences at hand; what kind of text is
+before us is read from how sure the laws are (classes of their largest probability). Whether slots pay at all
+is the shared planner's decision, from the drafts that were accepted per step.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from stretto.decoding.planner import Pace, Planner
+from stretto.decoding.slots import Kind, Plan, Price, SlotTree, best_plan, best_tree, fixed_plan, group_mask
+from stretto.decoding.tree import best_first
+from stretto.decoding.verify import accept_tree, choose
+from stretto.engine.host import Host
+from stretto.engine.types import Commit, Outcome, Sequence, Step
+
+__all__ = ["Laws", "Rows", "Slotted", "Statistics"]
+
+KINDS = 20  # kinds of text that a plan tells apart, at most; the rest are rare
+NODES, ROWS = 16, 48  # candidates and rows of a step, at most
+RANKS = 6  # candidates of a law that may enter a tree
+REPLAN = (40, 400)  # steps after which the time beside the forward is known better
+GUESS = 1e-4  # seconds of a step beside its forward, until it is known
+UNMEASURED = [1 + n / 16 for n in range(ROWS + 1)]  # a curve for engines that do not plan
+FEWEST = 4  # rows below which no slot is tried
+PATIENCE = 4  # steps of a probe: the first only plants slots
+
+
+class Laws:
+    """What the last accepted node's slots said: ``ids[d]`` best tokens of law d + 1, ``key`` how sure each law is."""
+
+    __slots__ = ("ids", "key")
+
+    def __init__(self, ids: Seq[Seq[int]] = (), key: tuple[int, ...] = ()):
+        self.ids, self.key = ids, key
+
+
+NONE = Laws()
+
+
+class Statistics:
+    """Chances of candidates, from an adapter's statistics (``training.slot_rows.statistics``).
+
+    ``acc(key)``: acc[d][r] for laws of these classes. A random adapter without statistics gets a modest guess.
+    """
+
+    def __init__(self, found: Mapping[str, Any], k: int):
+        self.borders = [float(x) for x in found.get("classes", ())]
+        classes = len(self.borders) + 1
+        hits = np.asarray(found.get("hits", np.zeros((k, classes, RANKS))), float)[:k, :, :RANKS]
+        tries = np.asarray(found.get("tries", np.zeros((k, classes))), float)[:k, :, None]
+        guess = np.array([0.3 / 2**r for r in range(hits.shape[2])])
+        overall = (hits.sum(1, keepdims=True) + 4 * guess) / (tries.sum(1, keepdims=True) + 4)
+        self._acc = np.minimum.accumulate((hits + 4 * overall) / (tries + 4), axis=2).tolist()
+        self.mean = np.minimum.accumulate(overall[:, 0], axis=1).tolist()
+        seen = sorted(found.get("seen", {}).items(), key=lambda item: -item[1])[:KINDS]
+        self.kinds: list[Kind] = [(n, self.acc(tuple(map(int, key[:k])))) for key, n in seen] or [(1.0, self.mean)]
+
+    def acc(self, key: tuple[int, ...]) -> list[list[float]]:
+        return [self._acc[d][c] for d, c in enumerate(key)]
+
+
+class Rows:
+    """A tree as the rows of a step. ``slot_rows[v]``: rows of node v's slots [slots of v * members]."""
+
+    def __init__(self, tree: SlotTree, members: int, mask: np.ndarray, fill: Fill):
+        nodes = tree.nodes
+        self.tree, self.parent, self.nodes = tree, [-1, *tree.parent], nodes
+        self.pick = [(d - 1, r) for d, r in zip(tree.depth, tree.rank, strict=True)]
+        depth, at, index, source, member = [0, *tree.depth], [], [], [], []
+        self.slot_rows: list[list[int]] = [[] for _ in range(nodes)]
+        for i in range(max(tree.slots)):
+            for v in (v for v, n in enumerate(tree.slots) if n > i):
+                for j in range(members):
+                    self.slot_rows[v].append(nodes + len(index))
+                    index.append(i)
+                    source.append(v)
+                    member.append(j)
+                    at.append(depth[v] + i + 1)
+        self.n, self.blank = nodes + len(index), [0] * len(index)
+        self.offsets = np.array(depth + at, np.int32)
+        see = np.zeros((self.n, self.n), bool)
+        for v, p in enumerate(self.parent):
+            see[v] = see[p] if p >= 0 else False
+            see[v, v] = True
+        for a, (v, i, j) in enumerate(zip(source, index, member, strict=True)):
+            see[nodes + a, :nodes] = see[v, :nodes]
+            for b, (w, x, y) in enumerate(zip(source, index, member, strict=True)):
+                see[nodes + a, nodes + b] = v == w and mask[i, j, x, y]
+        self.see = see
+        self.extra = fill(np.array(index), np.array(member), np.array(source), nodes) if index else {}
+
+
+Fill = Callable[[np.ndarray, np.ndarray, np.ndarray, int], dict[str, Any]]
+
+
+@dataclass(slots=True)
+class State:
+    """What a sequence carries from step to step."""
+
+    pace: Pace
+    laws: Laws = NONE
+
+
+@dataclass(slots=True)
+class _Ready:
+    """A plan and the rows of its trees, by the laws' key."""
+
+    plan: Plan
+    width: int  # rows of a step beyond the first, in the long run
+    price: Any = None
+    rows: dict[tuple[int, ...], Rows | None] = field(default_factory=dict)
+
+
+class Slotted:
+    """``fill(slot, member, node, first)`` gives the fields of the Step that make the slots' rows, which begin at row
+    ``first``: slot numbers from 0, members and nodes as arrays. ``slot_rows[i]``: what slot i + 1 costs in rows.
+    ``budget``: rows of the paper's plan, 0 = as many as pay."""
+
+    def __init__(
+        self, host: Host, *, k: int, statistics: Mapping[str, Any], fill: Fill, slot_rows: Seq[float], budget: int,
+        members: int = 1, mask: str = "ensemble",
+    ):
+        self._host, self._fill, self._k, self._members, self._budget = host, fill, k, members, budget
+        self.statistics = Statistics(statistics, k)
+        self._mask, self._cost = group_mask(k, members, mask), [members * c for c in slot_rows]
+        self._ready: dict[tuple[int, int, int], _Ready] = {}
+        self._fixed = fixed_plan([row[:RANKS] for row in self.statistics.mean], budget) if budget else None
+        self._steps = 0
+        self.planner = Planner(host, [0.0], probe=1, patience=PATIENCE)
+        start = self._find(1, 128, ROWS).plan.tokens - 1
+        self.planner.shared.rate[0] = start
+
+    def propose(self, seqs: list[Sequence]) -> list[Step]:
+        start, n = self.planner.begin(), len(seqs)
+        self._steps += 1
+        if self._steps in REPLAN and not self._budget:
+            self._ready.clear()
+        ready = self._find(n, sum(len(s.tokens) for s in seqs) // n, min(s.row_limit for s in seqs))
+        offers = [self._offer(seq, ready) for seq in seqs]
+        counts = self.planner.allot(seqs, [s.state.pace for s in seqs], offers, width=ready.width)
+        steps = [self._step(seq, ready) if c else Step([seq.tokens[-1]]) for seq, c in zip(seqs, counts, strict=True)]
+        self.planner.pause(start)
+        return steps
+
+    def commit(self, seqs: list[Sequence], steps: list[Step], outcomes: list[Outcome]) -> list[Commit]:
+        start = time.perf_counter()
+        commits = [self._commit(*item) for item in zip(seqs, steps, outcomes, strict=True)]
+        self.planner.end(start, len(seqs), sum(len(s.tokens) - 1 for s in steps))
+        return commits
+
+    def _offer(self, seq: Sequence, ready: _Ready) -> list[float]:
+        pace, reach = seq.state.pace, len(seq.tokens) + 2 * self._k
+        if not ready.width or seq.remaining < 3 or reach > self._host.config.max_position_embeddings:
+            return []
+        return [] if self.planner.asleep(seq, pace) else [pace.rates.rate[0]]
+
+    def _step(self, seq: Sequence, ready: _Ready) -> Step:
+        laws = seq.state.laws
+        rows = ready.rows.get(laws.key)
+        if rows is None:
+            rows = ready.rows[laws.key] = self._rows(ready, laws.key)
+        ids = laws.ids
+        tokens = [seq.tokens[-1], *[ids[d][r] for d, r in rows.pick], *rows.blank]
+        return Step(tokens, seq.computed + rows.offsets, rows.see, extra=rows, **rows.extra)
+
+    def _rows(self, ready: _Ready, key: tuple[int, ...]) -> Rows:
+        if self._fixed is not None:
+            tree = self._fixed.trees[len(key)][0]
+        else:
+            shape = best_first(self.statistics.acc(key), NODES)
+            tree = best_tree(shape, ready.plan.worth, ready.plan.rate, ready.price, ROWS)
+        return Rows(tree, self._members, self._mask, self._fill)
+
+    def _commit(self, seq: Sequence, step: Step, outcome: Outcome) -> Commit:
+        state, rows = seq.state, step.extra
+        if rows is None:
+            state.laws = NONE
+            return Commit([choose(seq, outcome, 0)], keep=(0,), logprob_rows=(0,))
+        if rows.nodes > 1:
+            commit = accept_tree(seq, step.tokens[: rows.nodes], rows.parent, outcome)
+        else:
+            commit = Commit([choose(seq, outcome, 0)], keep=(0,), logprob_rows=(0,))
+        at = rows.slot_rows[commit.keep[-1]]
+        state.laws = self._laws(outcome, at) if at else NONE
+        self.planner.learn(state.pace, 0, commit.accepted)
+        self.planner.probed(state.pace, commit.accepted)
+        return commit
+
+    def _laws(self, outcome: Outcome, at: list[int]) -> Laws:
+        logits = outcome.logits[at]
+        if self._members > 1:
+            logits = logits.view(-1, self._members, logits.shape[-1]).mean(1)
+        best, ids = logits.topk(RANKS)
+        borders = self.statistics.borders
+        if not borders:
+            return Laws(ids.tolist(), (0,) * len(ids))
+        sure = torch.exp(best[:, 0] - torch.logsumexp(logits, -1)).tolist()
+        return Laws(ids.tolist(), tuple([bisect(borders, p) for p in sure]))
+
+    def _find(self, batch: int, context: int, limit: int) -> _Ready:
+        """The plan for this many sequences and about this much context."""
+        batch = 1 << (batch - 1).bit_length()
+        limit = min(ROWS, 1 << (limit.bit_length() - 1))
+        bucket = max(8, context.bit_length())
+        key = (batch, bucket, limit)
+        ready = self._ready.get(key)
+        if ready is None:
+            ready = self._ready[key] = self._make(batch, 1 << bucket, limit)
+        return ready
+
+    def _make(self, batch: int, context: int, limit: int) -> _Ready:
+        if limit < FEWEST:
+            return _Ready(best_plan(self.statistics.kinds, [1.0, 1.0, 9.0]), 0)
+        if self._fixed is not None:
+            fits = self._fixed.rows <= limit
+            return _Ready(self._fixed, round(self._fixed.rows) - 1 if fits else 0)
+        seconds, fixed = UNMEASURED, 0.0
+        if self.planner.target is not None:
+            table = self.planner.target.table(context, batch * ROWS)
+            seconds = [table[batch * n] / batch for n in range(ROWS + 1)]
+            fixed = (self.planner.overhead or GUESS) / batch
+        plan = best_plan(
+            self.statistics.kinds, seconds, slot_rows=self._cost, fixed=fixed, nodes=NODES, rows=limit
+        )
+        return _Ready(plan, max(0, round(plan.rows) - 1), Price(seconds, fixed, self._cost))
