@@ -12,7 +12,10 @@ from stretto.engine.params import SamplingParams
 from tiny import EOS, MASK, Letters, engine, greedy, model, run, tokens
 
 CASES = {
-    "draft": [{"model": "other"}, {"model": "other", "acceptance": "coupled"}],
+    "draft": [
+        {"model": "other"}, {"model": "other", "acceptance": "coupled"},
+        {"model": "other", "acceptance": "coupled", "draft_method": "ppd", "draft_adapter": "other"},
+    ],
     "specmemo": [
         {"model": "other", "budget": "400KiB", "context": 150, "num_draft_tokens": 4},
         {"drafter": "suffix", "budget": "170KiB", "context": 200},

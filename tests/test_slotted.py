@@ -93,7 +93,7 @@ def test_a_part_that_knows_the_text_is_accepted(net):
         known.ids = ids
         return known
 
-    accept = method.slotted._commit
+    accept = method.slotted.verified
 
     def commit(seq, step, outcome):
         oracle.taken = 0
@@ -107,7 +107,7 @@ def test_a_part_that_knows_the_text_is_accepted(net):
         oracle.taken = max(oracle.taken - 1, 0)
         return accept(seq, step, outcome)
 
-    method.slotted._laws, method.slotted._commit = oracle, commit
+    method.slotted._laws, method.slotted.verified = oracle, commit
     while eng.busy:
         eng.step()
     assert tokens(stream) == want
@@ -149,7 +149,7 @@ def _laws(net, part, entries=None):
     method = make(part.kind, eng.host, {"tree_budget": 16})
     (stream,) = eng.add(TEXT, greedy(8, ignore_eos=True), method)
     seen = []
-    commit = method.slotted._commit
+    commit = method.slotted.verified
 
     def keep(seq, step, outcome):
         rows = step.extra
@@ -158,7 +158,7 @@ def _laws(net, part, entries=None):
         seen.append(outcome.logits[at].view(-1, m, outcome.logits.shape[-1]).mean(1).clone())
         return commit(seq, step, outcome)
 
-    method.slotted._commit = keep
+    method.slotted.verified = keep
     eng.step()
     eng.abort(stream)
     return seen[0]

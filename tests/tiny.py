@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 
 import torch
 
@@ -57,6 +58,12 @@ class Letters:
 _PARTS: dict = {}
 
 
+@cache
+def _other() -> Transformer:
+    """The second model that an engine can open."""
+    return model(seed=1)
+
+
 def random_part(net: Transformer, kind: str, seed: int = 0, **options) -> Adapter:
     """A part of ``kind`` for ``net`` with random weights; "auto" and every other name mean it in ``engine``."""
     key = (id(net), kind, seed, repr(options))
@@ -77,11 +84,11 @@ def engine(net: Transformer, *, slots: int = 4096, backend: str = "auto", stop=(
     def open_runner(name: str) -> Runner:
         if name != "other":
             raise UnsupportedError(name)
-        return Runner(model(seed=1), slots=slots, backend=backend, deterministic=True)
+        return Runner(copy.deepcopy(_other()), slots=slots, backend=backend, deterministic=True)
 
     host = Host(
         runner, tuple(stop), net.config.max_position_embeddings, open_runner, plan=plan,
-        parts=lambda kind, name: random_part(net, kind),
+        parts=lambda kind, name: random_part(_other() if name == "other" else net, kind),
     )
     return Engine(runner, host, make_decoder=lambda skip: Letters(), **options)
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stretto.decoding.ahead import Ahead
 from stretto.decoding.ar import require_causal
 from stretto.decoding.costs import INHERITED, Rates, allot
 from stretto.decoding.drafting import DraftCache, DraftModel, Growth
@@ -63,6 +64,11 @@ class Options:
     acceptance: str = option(
         "rejection", "how sampled drafts are tried", choices=("rejection", "coupled")
     )
+    draft_method: str = option(
+        "ar", "how the draft decodes: token by token, or ahead by prompt tokens (a chain; sampled drafts are coupled)",
+        choices=("ar", "ppd"),
+    )
+    draft_adapter: str = option("auto", "the draft's prompt tokens: auto, zoo:NAME or a folder")
 
 
 @dataclass(slots=True)
@@ -94,6 +100,7 @@ class Draft:
         ranks = [*PRIOR, *[0.02] * 16][: options.topk]
         self.planner = Planner(host, ranks * self._depth, draft=runner)
         self.model = DraftModel(runner, self.planner.draft)
+        self._ahead = Ahead(host, runner, options.draft_adapter) if options.draft_method == "ppd" else None
         self._cap, self._age = self._depth, 0
         self._trust = Rates(TRUST, [4.0] * len(TRUST), 512)
 
@@ -225,12 +232,20 @@ class Draft:
         """Grow the drafts level by level, one forward a level for all sequences; its seconds."""
         start, model, single = time.perf_counter(), self.model, self._options.topk == 1
         model.expected = 0.0
-        fits = model.fit([(seq, seq.state.cache, n) for seq, _, n in wanted])
+        spare = self._ahead.room if self._ahead is not None else 0
+        fits = model.fit([(seq, seq.state.cache, n + spare) for seq, _, n in wanted])
         level = []
         for seq, shape, count in wanted[:fits]:
             seq.state.growth = Growth(seq, shape, count)
             model.read(seq, seq.state.cache)
             level.append((seq.state.growth, 0))
+        if self._ahead is not None and level:
+            wanted = wanted[:fits]
+            self._ahead.grow([(seq.state.growth, n) for seq, _, n in wanted])
+            if model.costs is not None:
+                table = model.costs.table(len(wanted[0][0].tokens), len(wanted))
+                model.expected += table[len(wanted)] * max(n for _, _, n in wanted)
+            level = []
         while level:
             rows = [model.rows(g, node, g.seq.state.cache, single) for g, node in level]
             logits = model.forward(rows)
@@ -279,6 +294,8 @@ def _depth(options: Options) -> int:
     """Levels of the tree; OptionError for sizes that do not go together."""
     nodes, k = options.num_draft_tokens, options.topk
     depth = options.depth or (nodes if k == 1 else min(4, nodes))
+    if options.draft_method == "ppd" and k > 1:
+        raise OptionError("draft.topk", k, "1 with draft_method=ppd: the draft hands over a chain")
     if depth > nodes or (k == 1 and depth != nodes):
         allowed = f"{nodes} for a chain" if k == 1 else f"at most {nodes}"
         allowed += f": num_draft_tokens is {nodes}, topk {k}"

@@ -19,8 +19,24 @@ from stretto.decoding.options import option
 from stretto.decoding.slotted import Slotted, State
 from stretto.engine.host import Host
 from stretto.engine.types import Commit, Outcome, Sequence, Step
+from stretto.models.adapter import Adapter
 
-__all__ = ["PPD", "Options"]
+__all__ = ["PPD", "Options", "prompt_slots"]
+
+
+def prompt_slots(host: Host, adapter: Adapter, budget: int = 0) -> Slotted:
+    """The prompt tokens of ``adapter`` as slots on the model of ``host``."""
+    vectors = adapter.tensors["vectors"].to(host.runner.model.device)  # [k, members, H]
+
+    def fill(slot: np.ndarray, member: np.ndarray, node: np.ndarray, first: int) -> dict[str, Any]:
+        chosen = vectors[torch.from_numpy(slot), torch.from_numpy(member)]
+        return {"embeds": chosen, "embed_rows": range(first, first + len(slot))}
+
+    k, members = vectors.shape[:2]
+    return Slotted(
+        host, k=k, members=members, mask=adapter.config["mask"], statistics=adapter.statistics, fill=fill,
+        slot_rows=[1.0] * k, budget=budget,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +58,7 @@ class PPD:
     def __init__(self, host: Host, options: Options):
         self._host = host
         adapter = host.open_adapter("ppd", options.adapter)
-        self._vectors = adapter.tensors["vectors"].to(host.runner.model.device)  # [k, members, H]
-        k, members = self._vectors.shape[:2]
-        self.slotted = Slotted(
-            host, k=k, members=members, mask=adapter.config["mask"], statistics=adapter.statistics, fill=self._fill,
-            slot_rows=[1.0] * k, budget=options.tree_budget,
-        )
-
-    def _fill(self, slot: np.ndarray, member: np.ndarray, node: np.ndarray, first: int) -> dict[str, Any]:
-        vectors = self._vectors[torch.from_numpy(slot), torch.from_numpy(member)]
-        return {"embeds": vectors, "embed_rows": range(first, first + len(slot))}
+        self.slotted = prompt_slots(host, adapter, options.tree_budget)
 
     def admit(self, seq: Sequence) -> None:
         require_causal(self._host, self.name)

@@ -156,9 +156,14 @@ class Slotted:
         self.planner.pause(start)
         return steps
 
+    def steps(self, seqs: list[Sequence]) -> list[Step]:
+        """Steps with slots for all of them, whether or not they pay."""
+        ready = self._find(len(seqs), max(len(s.tokens) for s in seqs), ROWS)
+        return [self._step(seq, ready) if ready.width else Step([seq.tokens[-1]]) for seq in seqs]
+
     def commit(self, seqs: list[Sequence], steps: list[Step], outcomes: list[Outcome]) -> list[Commit]:
         start = time.perf_counter()
-        commits = [self._commit(*item) for item in zip(seqs, steps, outcomes, strict=True)]
+        commits = [self.verified(*item) for item in zip(seqs, steps, outcomes, strict=True)]
         self.planner.end(start, len(seqs), sum(len(s.tokens) - 1 for s in steps))
         return commits
 
@@ -185,7 +190,8 @@ class Slotted:
             tree = best_tree(shape, ready.plan.worth, ready.plan.rate, ready.price, ROWS)
         return Rows(tree, self._members, self._mask, self._fill)
 
-    def _commit(self, seq: Sequence, step: Step, outcome: Outcome) -> Commit:
+    def verified(self, seq: Sequence, step: Step, outcome: Outcome) -> Commit:
+        """What one step commits; the laws of its last node become the sequence's."""
         state, rows = seq.state, step.extra
         if rows is None:
             state.laws = NONE
