@@ -15,7 +15,7 @@ from stretto.decoding.slotted import ROWS, State
 from stretto.engine.host import Host
 from stretto.engine.pack import Plan, pack
 from stretto.engine.runner import Runner
-from stretto.engine.types import Outcome, Sequence, take_argmax
+from stretto.engine.types import Outcome, Sequence
 
 __all__ = ["Ahead"]
 
@@ -40,9 +40,9 @@ class Ahead:
                 plan.slots = self.runner.alloc.alloc(plan.rows)
                 plans.append(plan)
             result = self.runner.forward(pack(plans))
-            best, rest = take_argmax(result.logits), []
+            rest = []
             for (twin, growth, n), plan in zip(twins, plans, strict=True):
-                outcome = Outcome(result.logits, best, plan.logit, plan.logit + plan.logits, {}, slice(0, 0))
+                outcome = Outcome(result.logits, result.argmax, plan.logit, plan.logit + plan.logits, {}, slice(0, 0))
                 if self._take(twin, growth, n, plan, outcome):
                     rest.append((twin, growth, n))
             twins = rest

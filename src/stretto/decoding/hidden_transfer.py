@@ -19,7 +19,7 @@ from stretto.decoding.options import option
 from stretto.decoding.slotted import Slotted, State
 from stretto.engine.host import Host
 from stretto.engine.types import Commit, Outcome, Sequence, Step
-from stretto.models.entries import Entry, check_layers
+from stretto.models.entries import Entries, Entry, check_layers
 
 __all__ = ["HiddenTransfer", "Options"]
 
@@ -65,7 +65,7 @@ class HiddenTransfer:
             at = np.flatnonzero(slot == i)
             rows, sources = (x.astype(np.int32) for x in (first + at, node[at]))
             entries.append(Entry(self._entries[i], self._matrices[i], rows, sources))
-        return {"entries": entries}
+        return {"entries": Entries(entries)}
 
     def admit(self, seq: Sequence) -> None:
         require_causal(self._host, self.name)

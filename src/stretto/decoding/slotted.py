@@ -18,14 +18,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 
 from stretto.decoding.planner import Pace, Planner
 from stretto.decoding.slots import Kind, Plan, Price, SlotTree, best_plan, best_tree, fixed_plan, group_mask
 from stretto.decoding.tree import best_first
 from stretto.decoding.verify import accept_tree, choose
 from stretto.engine.host import Host
-from stretto.engine.types import Commit, Outcome, Sequence, Step
+from stretto.engine.types import Commit, Outcome, Sequence, Step, Visible
 
 __all__ = ["Laws", "Rows", "Slotted", "Statistics"]
 
@@ -40,12 +39,26 @@ PATIENCE = 4  # steps of a probe: the first only plants slots
 
 
 class Laws:
-    """What the last accepted node's slots said: ``ids[d]`` best tokens of law d + 1, ``key`` how sure each law is."""
+    """What the last accepted node's slots said. ``best[d]``: the likeliest token of law d + 1; ``key``: how sure each law
+    is; ``logits`` [n, V] give the further ranks when a tree asks for them."""
 
-    __slots__ = ("ids", "key")
+    __slots__ = ("_top", "best", "key", "logits")
 
-    def __init__(self, ids: Seq[Seq[int]] = (), key: tuple[int, ...] = ()):
-        self.ids, self.key = ids, key
+    def __init__(self, best: Seq[int] = (), key: tuple[int, ...] = (), logits: np.ndarray | None = None):
+        self.best, self.key, self.logits = best, key, logits
+        self._top: dict[int, list[int]] = {}
+
+    def token(self, depth: int, rank: int) -> int:
+        """Candidate ``rank`` at ``depth``, both from 0."""
+        if not rank:
+            return self.best[depth]
+        if depth not in self._top:
+            law = self.logits[depth]
+            top = np.argpartition(law, -RANKS)[-RANKS:]
+            top = top[np.argsort(-law[top], kind="stable")].tolist()
+            first = self.best[depth]
+            self._top[depth] = [first, *[t for t in top if t != first]]
+        return self._top[depth][rank]
 
 
 NONE = Laws()
@@ -100,7 +113,7 @@ class Rows:
             see[nodes + a, :nodes] = see[v, :nodes]
             for b, (w, x, y) in enumerate(zip(source, index, member, strict=True)):
                 see[nodes + a, nodes + b] = v == w and mask[i, j, x, y]
-        self.see = see
+        self.see = Visible(see)
         self.extra = fill(np.array(index), np.array(member), np.array(source), nodes) if index else {}
 
 
@@ -178,9 +191,8 @@ class Slotted:
         rows = ready.rows.get(laws.key)
         if rows is None:
             rows = ready.rows[laws.key] = self._rows(ready, laws.key)
-        ids = laws.ids
-        tokens = [seq.tokens[-1], *[ids[d][r] for d, r in rows.pick], *rows.blank]
-        return Step(tokens, seq.computed + rows.offsets, rows.see, extra=rows, **rows.extra)
+        tokens = [seq.tokens[-1], *[laws.token(d, r) for d, r in rows.pick], *rows.blank]
+        return Step(tokens, rows.offsets + np.int32(seq.computed), rows.see, extra=rows, **rows.extra)
 
     def _rows(self, ready: _Ready, key: tuple[int, ...]) -> Rows:
         if self._fixed is not None:
@@ -207,15 +219,18 @@ class Slotted:
         return commit
 
     def _laws(self, outcome: Outcome, at: list[int]) -> Laws:
-        logits = outcome.logits[at]
+        logits = outcome.logits.cpu().numpy()[at]
         if self._members > 1:
-            logits = logits.view(-1, self._members, logits.shape[-1]).mean(1)
-        best, ids = logits.topk(RANKS)
+            logits = logits.reshape(-1, self._members, logits.shape[-1]).mean(1)
+            best = logits.argmax(1)
+        else:
+            best = outcome.argmax[at]
         borders = self.statistics.borders
         if not borders:
-            return Laws(ids.tolist(), (0,) * len(ids))
-        sure = torch.exp(best[:, 0] - torch.logsumexp(logits, -1)).tolist()
-        return Laws(ids.tolist(), tuple([bisect(borders, p) for p in sure]))
+            return Laws(best.tolist(), (0,) * len(best), logits)
+        weights = np.exp(logits - logits[np.arange(len(best)), best][:, None])
+        key = tuple([bisect(borders, 1 / total) for total in weights.sum(1).tolist()])
+        return Laws(best.tolist(), key, logits)
 
     def _find(self, batch: int, context: int, limit: int) -> _Ready:
         """The plan for this many sequences and about this much context."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from stretto.engine.runner import Runner
-from stretto.engine.types import CAUSAL, FULL, Sequence, Step
+from stretto.engine.types import CAUSAL, FULL, Sequence, Step, Visible
 from stretto.models.batch import FlatBatch, ForwardResult
 from stretto.models.entries import Entry
 
@@ -56,6 +56,15 @@ class Plan:
         return step is None or (
             step.context is None and step.positions is None and step.embeds is None
             and not step.entries and isinstance(step.see, str) and (step.see == CAUSAL or len(step.tokens) == 1)
+        )
+
+    @property
+    def prepared(self) -> bool:
+        """A step whose layout was prepared, with nothing before it, all of its logits wanted and no states."""
+        step = self.step
+        return (
+            not self.lead and step is not None and isinstance(step.see, Visible) and step.context is None
+            and step.logits is None and isinstance(step.positions, np.ndarray) and not step.taps and not self.seq.taps
         )
 
     @property
@@ -103,6 +112,8 @@ def _visible(step: Step) -> tuple[np.ndarray, np.ndarray]:
         if see == FULL:
             return np.tile(np.arange(n, dtype=np.int32), n), np.full(n, n, np.int32)
         raise ValueError(f"see={see!r}")
+    if isinstance(see, Visible):
+        return see.columns, see.counts
     if isinstance(see, np.ndarray) and see.ndim == 2:
         return np.nonzero(see)[1].astype(np.int32), see.sum(1).astype(np.int32)
     return _ancestors(see)
@@ -150,6 +161,8 @@ def pack(plans: list[Plan], *, block: int = 1) -> FlatBatch:
     """One FlatBatch for all plans; writes ``row`` and ``logit`` of each. ``block``: attention of the lead rows."""
     if len(plans) == 1 and plans[0].chain(block):
         return _lone(plans[0])
+    if len(plans) == 1 and plans[0].prepared:
+        return _prepared(plans[0])
     if all(p.single for p in plans):
         return _singles(plans)
     return _pack(plans, block)
@@ -238,6 +251,20 @@ def _lone(plan: Plan) -> FlatBatch:
     at, ptr = np.arange(first, first + n, dtype=np.int32), np.array((0, start), np.int32)
     parts = (at, plan.slots, of, ptr, local_ptr, context, local, wanted)
     return FlatBatch.lay(np.array(tokens, np.int64), n, 1, parts, taps=tuple(sorted(set(taps))) if taps else ())
+
+
+def _prepared(plan: Plan) -> FlatBatch:
+    """``pack`` for one sequence with a prepared layout behind its view."""
+    seq, step, n = plan.seq, plan.step, plan.rows
+    context, see, embeds = seq.view.slots, step.see, step.embeds
+    plan.row = plan.logit = 0
+    at = step.positions + np.int32(seq.shift) if seq.shift else step.positions
+    wanted, ptr = _numbers(n), np.array((0, len(context)), np.int32)
+    parts = (at, plan.slots, _triangle(n)[0], ptr, see.ptr, context, see.columns, wanted)
+    return FlatBatch.lay(
+        np.array(step.tokens, np.int64), n, 1, parts, embeds=embeds, entries=step.entries,
+        embed_rows=None if embeds is None else np.array(step.embed_rows, np.int32),
+    )
 
 
 def _singles(plans: list[Plan]) -> FlatBatch:

@@ -24,10 +24,23 @@ if TYPE_CHECKING:
     from stretto.engine.sampling import Sampler
     from stretto.models.entries import Entry
 
-__all__ = ["CAUSAL", "FULL", "Commit", "Lease", "Method", "Metrics", "Outcome", "Sequence", "Step"]
+__all__ = ["CAUSAL", "FULL", "Commit", "Lease", "Method", "Metrics", "Outcome", "Sequence", "Step", "Visible"]
 
 CAUSAL = "causal"  # a row of the step sees the rows before it, and itself
 FULL = "full"  # every row of the step sees every row of the step
+
+
+class Visible:
+    """Who sees whom among the rows of a step, prepared for many steps: the columns that each row sees, row after row,
+    and where each row's begin (int32 [n + 1])."""
+
+    __slots__ = ("columns", "counts", "ptr")
+
+    def __init__(self, matrix: np.ndarray):
+        """``matrix`` bool [n, n]: row i sees row j."""
+        self.columns = np.nonzero(matrix)[1].astype(np.int32)
+        self.counts = matrix.sum(1).astype(np.int32)
+        self.ptr = np.concatenate([[0], self.counts.cumsum()]).astype(np.int32)
 
 
 @dataclass(slots=True)
@@ -36,7 +49,7 @@ class Step:
 
     Every row sees ``context`` (ranges of cached rows; None = all) and, among the rows of this step, what ``see``
     says: CAUSAL, FULL, a list ``parent[i] < i`` (-1 = none; a row sees its ancestors and itself), or a boolean
-    matrix [n, n] with ``see[i, j]`` = row i sees row j.
+    matrix [n, n] with ``see[i, j]`` = row i sees row j (as ``Visible`` where many steps share it).
     ``positions`` default to consecutive ones behind the cached rows.
     ``logits``: rows whose logits are wanted (None = all). ``embeds`` [len(embed_rows), H] replaces the token
     embeddings of ``embed_rows``. ``entries``: rows that enter in mid-stack. ``taps``: layers whose output states are
@@ -48,7 +61,7 @@ class Step:
 
     tokens: Seq[int]
     positions: Seq[int] | np.ndarray | None = None
-    see: str | Seq[int] | np.ndarray = CAUSAL
+    see: str | Seq[int] | np.ndarray | Visible = CAUSAL
     context: Seq[tuple[int, int]] | None = None
     logits: Seq[int] | None = None
     embeds: Tensor | None = None

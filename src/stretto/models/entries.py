@@ -23,7 +23,7 @@ from torch import Tensor
 from stretto.errors import OptionError, UnsupportedError
 from stretto.models.batch import FlatBatch
 
-__all__ = ["Entry", "Matrix", "check", "check_layers", "enter", "entry_layers", "sink", "structs"]
+__all__ = ["Entries", "Entry", "Matrix", "check", "check_layers", "enter", "entry_layers", "sink", "structs"]
 
 
 class _Struct(ctypes.Structure):
@@ -56,6 +56,13 @@ class Entry:
         if not by:
             return self
         return Entry(self.layer, self.matrix, self.rows + np.int32(by), self.sources + np.int32(by))
+
+
+class Entries(tuple[Entry, ...]):
+    """Entries whose layout is used again and again: what is derived from it is kept."""
+
+    settled = -1  # rows of the batch for which ``sink`` found nothing to move
+    packed: Any = None  # for the native forward
 
 
 def entry_layers(batch: FlatBatch) -> np.ndarray:
@@ -103,9 +110,14 @@ def sink(batch: FlatBatch) -> tuple[FlatBatch, np.ndarray | None]:
     So the rows that take part in a layer are the first ones. None: nothing had to move.
     """
     entries, n = batch.entries, batch.n
+    kept = entries if isinstance(entries, Entries) else None
+    if kept is not None and kept.settled == n:
+        return batch, None
     order = np.concatenate([e.rows for e in entries])
     layers = [e.layer for e in entries]
     if layers == sorted(layers) and np.array_equal(order, np.arange(n - len(order), n)):
+        if kept is not None:
+            kept.settled = n
         return batch, None
     groups: dict[tuple[int, int], list[Entry]] = {}
     for e in sorted(entries, key=lambda e: e.layer):
@@ -136,9 +148,15 @@ def sink(batch: FlatBatch) -> tuple[FlatBatch, np.ndarray | None]:
 
 def structs(entries: Sequence[Entry]) -> ctypes.Array:
     """The entries of a batch in the order of ``sink`` as the native forward reads them; they must outlive it."""
-    return (_Struct * len(entries))(
+    kept = entries if isinstance(entries, Entries) else None
+    if kept is not None and kept.packed is not None:
+        return kept.packed
+    made = (_Struct * len(entries))(
         *(
             (e.layer, e.rows[0], len(e.rows), 0, ctypes.addressof(e.matrix.packed.mat), e.sources.ctypes.data)
             for e in entries
         )
     )
+    if kept is not None:
+        kept.packed = made
+    return made
