@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from stretto.decoding.planner import Pace, Planner
 from stretto.decoding.slots import Kind, Plan, Price, SlotTree, best_plan, best_tree, fixed_plan, group_mask
@@ -25,6 +27,7 @@ from stretto.decoding.tree import best_first
 from stretto.decoding.verify import accept_tree, choose
 from stretto.engine.host import Host
 from stretto.engine.types import Commit, Outcome, Sequence, Step, Visible
+from stretto.models.native_linear import sure
 
 __all__ = ["Laws", "Rows", "Slotted", "Statistics"]
 
@@ -39,13 +42,15 @@ PATIENCE = 4  # steps of a probe: the first only plants slots
 
 
 class Laws:
-    """What the last accepted node's slots said. ``best[d]``: the likeliest token of law d + 1; ``key``: how sure each law
-    is; ``logits`` [n, V] give the further ranks when a tree asks for them."""
+    """What the last accepted node's slots said. ``best[d]``: the likeliest token of law d + 1; ``key``: how sure each
+    law is; the ``rows`` of ``logits`` [k, V] give the further ranks when a tree asks for them."""
 
-    __slots__ = ("_top", "best", "key", "logits")
+    __slots__ = ("_top", "best", "key", "logits", "rows")
 
-    def __init__(self, best: Seq[int] = (), key: tuple[int, ...] = (), logits: np.ndarray | None = None):
-        self.best, self.key, self.logits = best, key, logits
+    def __init__(
+        self, best: Seq[int] = (), key: tuple[int, ...] = (), logits: Tensor | None = None, rows: Seq[int] = ()
+    ):
+        self.best, self.key, self.logits, self.rows = best, key, logits, rows
         self._top: dict[int, list[int]] = {}
 
     def token(self, depth: int, rank: int) -> int:
@@ -53,7 +58,7 @@ class Laws:
         if not rank:
             return self.best[depth]
         if depth not in self._top:
-            law = self.logits[depth]
+            law = self.logits[self.rows[depth]].cpu().numpy()
             top = np.argpartition(law, -RANKS)[-RANKS:]
             top = top[np.argsort(-law[top], kind="stable")].tolist()
             first = self.best[depth]
@@ -218,19 +223,16 @@ class Slotted:
         self.planner.probed(state.pace, commit.accepted)
         return commit
 
-    def _laws(self, outcome: Outcome, at: list[int]) -> Laws:
-        logits = outcome.logits.cpu().numpy()[at]
+    def _laws(self, outcome: Outcome, at: Seq[int]) -> Laws:
+        """The laws of the slots in rows ``at``. The logits stay the forward's: further ranks may never be asked for."""
+        all_rows, borders = outcome.logits, self.statistics.borders
         if self._members > 1:
-            logits = logits.reshape(-1, self._members, logits.shape[-1]).mean(1)
-            best = logits.argmax(1)
+            all_rows = all_rows[at].view(-1, self._members, all_rows.shape[-1]).mean(1)
+            best, at = torch.argmax(all_rows, -1).tolist(), range(len(all_rows))
         else:
-            best = outcome.argmax[at]
-        borders = self.statistics.borders
-        if not borders:
-            return Laws(best.tolist(), (0,) * len(best), logits)
-        weights = np.exp(logits - logits[np.arange(len(best)), best][:, None])
-        key = tuple([bisect(borders, 1 / total) for total in weights.sum(1).tolist()])
-        return Laws(best.tolist(), key, logits)
+            best = outcome.argmax[list(at)].tolist()
+        key = tuple([bisect(borders, p) for p in sure(all_rows, at)]) if borders else (0,) * len(best)
+        return Laws(best, key, all_rows, at)
 
     def _find(self, batch: int, context: int, limit: int) -> _Ready:
         """The plan for this many sequences and about this much context."""

@@ -10,16 +10,18 @@ import ctypes
 import math
 import mmap
 import subprocess
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from stretto.errors import UnsupportedError
-from stretto.models.native_library import INT, LONG, POINTER, Mat, address, build, team
+from stretto.models.native_library import INT, LONG, POINTER, Mat, address, array_address, build, team
 
-__all__ = ["Memory", "PackedLinear", "argmax", "library", "linear", "multiplies_halves"]
+__all__ = ["Memory", "PackedLinear", "argmax", "library", "linear", "multiplies_halves", "sure"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FLOAT, BFLOAT, HALVES = range(3)  # formats of weights
@@ -39,6 +41,7 @@ def library() -> tuple[Any, str | None]:
         ("free", None, POINTER),
         ("linear", INT, POINTER, POINTER, POINTER, LONG, POINTER),
         ("argmax", None, POINTER, LONG, LONG, POINTER),
+        ("sure", None, POINTER, POINTER, LONG, LONG, POINTER),
     ):
         function = getattr(lib, f"stretto_{name}")
         function.restype, function.argtypes = result, arguments
@@ -145,6 +148,16 @@ def argmax(x: Tensor) -> Tensor:
     x, out = x.float().contiguous(), torch.empty(len(x), dtype=torch.int64)
     lib.stretto_argmax(address(x), *x.shape, address(out))
     return out
+
+
+def sure(x: Tensor, rows: Sequence[int]) -> list[float]:
+    """The probability of the likeliest id under the logits of each of ``rows``; x float32 [k, V]."""
+    lib, reason = library()
+    if reason or x.device.type != "cpu" or not x.is_contiguous():
+        return torch.softmax(x[list(rows)], -1).amax(-1).tolist()
+    at, out = np.array(rows, np.int32), np.empty(len(rows), np.float32)
+    lib.stretto_sure(x.data_ptr(), array_address(at), len(at), x.shape[1], array_address(out))
+    return out.tolist()
 
 
 def multiplies_halves() -> bool:
