@@ -21,7 +21,7 @@ from stretto.decoding.memory import (
 )
 from stretto.decoding.registry import make
 from stretto.engine.cache import SlotAllocator
-from stretto.errors import CapacityError, OptionError, UnsupportedError
+from stretto.errors import CapacityError, OptionError
 from tiny import engine, greedy, model, run, tokens
 
 TARGET = Side(kv=260, logits=256, activations=1400, workspace=9000, weights=0)
@@ -57,10 +57,15 @@ def test_limits_of_the_allocator():
         alloc.alloc(1)
     alloc.release(first)
     alloc.release(rest)
-    assert sorted(alloc.alloc(6).tolist()) == sorted([*first.tolist(), *rest.tolist()]), "no slot comes back"
-    for slots in (5, 7, 0):
+    held = alloc.alloc(6)
+    assert sorted(held.tolist()) == sorted([*first.tolist(), *rest.tolist()]), "no other slot is touched"
+    for slots in (5, 11, 0):
         with pytest.raises(CapacityError, match=f"{slots} cache slots"):
             alloc.limit(slots)
+    alloc.limit(9)
+    assert alloc.free == 3 and len({*held.tolist(), *alloc.alloc(3).tolist()}) == 9
+    alloc.limit(10)
+    assert alloc.free == 1
 
 
 @pytest.mark.parametrize("draft", [None, DRAFT])
@@ -145,18 +150,32 @@ def test_the_bound_is_tight(net):
     both = least(side, side_of(engine(model(seed=1)).runner), 140)["total"]
     assert make("specmemo", engine(net).host, options | {"budget": str(both)}).plan.draft
     assert not make("specmemo", engine(net).host, options | {"budget": str(both - 1)}).plan.draft
-    make("specmemo", eng.host, options | {"budget": "1MiB"})
-    assert eng.runner.max_rows == 1 and eng.runner.alloc.total == 141, "the tighter of two budgets holds"
+
+
+def test_the_budget_holds_while_the_method_has_sequences(net):
     eng = engine(net)
-    run(eng, [([5, 9] * 60, greedy(4), "ar", {})])
-    with pytest.raises(UnsupportedError, match=r"1 rows a forward.*already used 12\d and 12\d"):
-        make("specmemo", eng.host, options | {"budget": str(bound)})
+    total = eng.runner.alloc.total
+    small = make("specmemo", eng.host, {"drafter": "suffix", "budget": "120KiB", "context": 100})
+    large = make("specmemo", eng.host, {"drafter": "suffix", "budget": "400KiB", "context": 100})
+    assert (eng.runner.alloc.total, eng.runner.max_rows) == (total, None)
+    eng.add([5, 9, 7], greedy(20, ignore_eos=True), large)
+    assert (eng.runner.alloc.total, eng.runner.max_rows) == (large.slots, large.plan.rows)
+    eng.add([5, 9, 7], greedy(4, ignore_eos=True), small)
+    assert (eng.runner.alloc.total, eng.runner.max_rows) == (small.slots, small.plan.rows), "the tighter one counts"
+    while eng.busy:
+        eng.step()
+    assert (eng.runner.alloc.total, eng.runner.max_rows) == (total, None)
+    busy = eng.add([5, 9] * 150, greedy(30, ignore_eos=True), make("ar", eng.host, {}))[0]
+    eng.step()
+    with pytest.raises(CapacityError, match=f"{small.slots} cache slots"):
+        eng.add([5, 9], greedy(4), small)
+    eng.abort(busy)
 
 
 def test_a_request_that_cannot_fit_is_refused_alone(net):
     eng = engine(net)
     method = make("specmemo", eng.host, {"drafter": "suffix", "budget": "150KiB", "context": 200})
-    with pytest.raises(CapacityError, match=f"the pool has {eng.runner.alloc.total}"):
+    with pytest.raises(CapacityError, match=rf"may need 409 .*150.00 KiB has {method.slots}"):
         eng.add([5] * 300, greedy(100), method)
     assert len(tokens(run(eng, [([5, 9], greedy(5, ignore_eos=True), "ar", {})])[0][0])) == 5
 
@@ -167,8 +186,7 @@ def test_drafts_shrink_before_anybody_is_preempted_and_grow_again(net):
     seen = []
     inner = method._inner.propose
     method._inner.propose = lambda seqs: seen.append(max(s.row_limit for s in seqs)) or inner(seqs)
-    total = eng.runner.alloc.total
-    length = total // 2 - 23
+    length = method.slots // 2 - 23
     streams = [eng.add([5, 9, 7] * (length // 3), greedy(24, ignore_eos=True), method)[0] for _ in range(2)]
     while eng.busy:
         eng.step()

@@ -1,10 +1,10 @@
 """Speculative decoding inside a memory budget.
 
 At start the budget is turned into a plan (``decoding/memory.py``): slots of K/V, rows of the largest forward, drafts of
-a step, and whether there is a draft at all. The engine is then held to it: the allocator hands out no more slots, no
-forward has more rows. While running, drafts take what the sequences leave of the slots: they shrink, down to plain
-decoding, before any sequence would have to give its cache back, and grow again later. Greedy text is plain decoding's
-at every budget. (SpecMemo, arXiv 2506.01986.)
+a step, and whether there is a draft at all. While the method has a sequence, the engine is held to it: the allocator
+hands out no more slots, no forward has more rows. Drafts take what the sequences leave of the slots: they shrink, down
+to plain decoding, before any sequence would have to give its cache back, and grow again later. Text is plain
+decoding's at every budget. (SpecMemo, arXiv 2506.01986.)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from stretto.decoding.registry import make
 from stretto.engine.host import Host
 from stretto.engine.runner import Runner
 from stretto.engine.types import Commit, Outcome, Sequence, Step
-from stretto.errors import OptionError, UnsupportedError
+from stretto.errors import CapacityError, OptionError
 
 __all__ = ["Options", "SpecMemo"]
 
@@ -54,15 +54,13 @@ class SpecMemo:
             draft = Side(0, 0, 0, 0, 0)
         self.plan = self._solve(target, draft)
         self.predicted = estimate(target, draft, self.plan)
-        if runner.alloc.peak > self.plan.slots or runner.peak_rows > self.plan.rows:
-            raise UnsupportedError(
-                f"specmemo.budget={options.budget} allows {self.plan.slots} slots and {self.plan.rows} rows a forward; "
-                f"this engine has already used {runner.alloc.peak} and {runner.peak_rows}: load the model again"
-            )
-        runner.max_rows = min(self.plan.rows, runner.max_rows or self.plan.rows)  # the tighter of two budgets holds
-        if self.plan.slots < runner.alloc.total:
-            runner.alloc.limit(self.plan.slots)
-        self._inner = self._drafter()
+        self.slots = min(self.plan.slots, runner.alloc.total)
+        self._live = 0
+        runner.hold(self.slots, self.plan.rows)  # what the drafter measures at start keeps to the plan, too
+        try:
+            self._inner = self._drafter()
+        finally:
+            runner.lift(self.slots, self.plan.rows)
         self._allowed = self.plan.nodes
 
     def _solve(self, target: Side, draft: Side) -> Plan:
@@ -107,11 +105,20 @@ class SpecMemo:
         return make("draft", host, {"model": o.model, "num_draft_tokens": plan.nodes - 1, "acceptance": "coupled"})
 
     def used(self) -> Mapping[str, int]:
-        """Bytes by part: the most that was in use at one time since the model was loaded."""
+        """Bytes by part: the most that was in use at one time since the model was loaded, by whatever method."""
         return used(self._host.runner, self._draft)
 
     def admit(self, seq: Sequence) -> None:
+        need = len(seq.tokens) + seq.params.max_tokens + self.plan.nodes
+        if need > self.slots:
+            raise CapacityError(
+                f"the request may need {need} cache slots, the budget of {show(self.budget)} has {self.slots}: lower "
+                "max_tokens, shorten the prompt, or raise the budget"
+            )
         self._inner.admit(seq)
+        if not self._live:
+            self._host.runner.hold(self.slots, self.plan.rows)
+        self._live += 1
 
     def prefill(self, seq: Sequence) -> int:
         return self._inner.prefill(seq)
@@ -119,7 +126,7 @@ class SpecMemo:
     def propose(self, seqs: list[Sequence]) -> list[Step]:
         """Drafts get the slots that the sequences leave, evenly; they grow again when twice as much is there."""
         nodes, n = self.plan.nodes, len(seqs)
-        spare = self._host.runner.alloc.total - sum(s.computed + 1 for s in seqs)
+        spare = self.slots - sum(s.computed + 1 for s in seqs)
         room = min(nodes, 1 + max(0, spare) // n)
         if room < self._allowed or room >= min(nodes, 2 * self._allowed):
             self._allowed = room
@@ -136,6 +143,9 @@ class SpecMemo:
 
     def release(self, seq: Sequence) -> None:
         self._inner.release(seq)
+        self._live -= 1
+        if not self._live:
+            self._host.runner.lift(self.slots, self.plan.rows)
 
     def preemptible(self, seq: Sequence) -> bool:
         return self._inner.preemptible(seq)

@@ -29,6 +29,7 @@ class SlotAllocator:
         self.total = slots
         self.peak = 0  # most slots that were used at one time
         self._free = np.arange(slots - 1, -1, -1, dtype=np.int32)
+        self._out = np.empty(0, np.int32)  # out of service
         self._n = slots
 
     @property
@@ -69,17 +70,23 @@ class SlotAllocator:
         return self._free[self._n : self._n + n][::-1].copy()
 
     def limit(self, slots: int) -> None:
-        """Hand out at most ``slots`` from now on; memory of a slot that was never handed out is never touched.
+        """Hand out at most ``slots`` from now on; a larger number later brings slots back. Memory of a slot that was
+        never handed out is never touched.
 
-        CapacityError when more than that are in use, or ``slots`` is more than there are.
+        CapacityError when more than that are in use, or there are not so many.
         """
-        if not max(1, self.used) <= slots <= self.total:
-            raise CapacityError(
-                f"{slots} cache slots are not a possible limit: {self.used} of {self.total} are in use"
-            )
-        gone = self.total - slots
-        self._n -= gone
-        self._free[: self._n] = self._free[gone : gone + self._n].copy()
+        most = self.total + len(self._out)
+        if not max(1, self.used) <= slots <= most:
+            raise CapacityError(f"{slots} cache slots are not a possible limit: {self.used} of {most} are in use")
+        change, n = slots - self.total, self._n
+        if change < 0:
+            self._out = np.concatenate([self._out, self._free[:-change]])
+            self._free[: n + change] = self._free[-change:n].copy()
+        else:
+            self._free[change : change + n] = self._free[:n].copy()
+            self._free[:change] = self._out[len(self._out) - change :]
+            self._out = self._out[: len(self._out) - change]
+        self._n += change
         self.total = slots
 
     def release(self, slots: np.ndarray) -> None:

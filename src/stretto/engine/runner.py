@@ -71,6 +71,7 @@ class Runner:
             self.alloc = SlotCache(slots, regions, self._copy, compaction=compaction)
             self.pool.region = self.alloc.length
         self.max_rows: int | None = None  # most rows of a forward, where memory is short; who plans rows obeys
+        self._holds: list[tuple[int, int]] = []
         self.peak_rows = self.peak_logits = 0  # rows of the largest forward, and of the largest logits
         self.vocabulary = min(vocabulary or c.vocab_size, c.vocab_size)
         self.states: dict[int, torch.Tensor] = {}  # layer -> [S, H] by slot; see ``keep``
@@ -115,6 +116,30 @@ class Runner:
         self.written[target] = self.written[source]
         kept = sum(x[0].numel() * x.element_size() for x in self.states.values())
         return len(source) * (self.pool.nbytes // self.pool.slots + kept)
+
+    def hold(self, slots: int, rows: int) -> None:
+        """Keep to ``slots`` of the cache and ``rows`` a forward until ``lift``; of several holds the tightest counts.
+
+        CapacityError when more slots are in use now, UnsupportedError for a cache of regions.
+        """
+        if not isinstance(self.alloc, SlotAllocator):
+            raise UnsupportedError("a cache of regions cannot be held to fewer slots: load the model with a pool of slots")
+        self._holds.append((slots, rows))
+        try:
+            self._keep_to_holds()
+        except CapacityError:
+            self._holds.pop()
+            raise
+
+    def lift(self, slots: int, rows: int) -> None:
+        """End one hold of these numbers."""
+        self._holds.remove((slots, rows))
+        self._keep_to_holds()
+
+    def _keep_to_holds(self) -> None:
+        assert isinstance(self.alloc, SlotAllocator)
+        self.alloc.limit(min([s for s, _ in self._holds], default=self.pool.slots))
+        self.max_rows = min([r for _, r in self._holds], default=None)
 
     def matrix(self, weight: torch.Tensor) -> Matrix:
         """``weight`` [H, H] ready for rows that enter in mid-stack (``Step.entries``)."""
