@@ -78,6 +78,9 @@ class Mirror:
         if cores:
             os.sched_setaffinity(0, {cores[0]})
         weakref.finalize(self, self.worker.stop)
+        self._timeout = options.draft_timeout
+        if self.planner.target is not None:  # a window that takes longer than its tokens by plain decoding never pays
+            self._timeout = min(self._timeout, (options.num_draft_tokens + 1) * self.planner.target.one)
         self._start = 0.0
 
     def admit(self, seq: Sequence) -> None:
@@ -131,7 +134,7 @@ class Mirror:
             state.sent = True
             self.worker.post(OPEN, seq.id, list(seq.tokens), state.step)
         elif state.step:
-            state.window = self.worker.take(seq.id, state.step, self._o.draft_timeout)[:n]
+            state.window = self.worker.take(seq.id, state.step, self._timeout)[:n]
         return Step([seq.tokens[-1], *state.window], early=(self.exit, lambda outcome: self._early(seq, outcome)))
 
     def _early(self, seq: Sequence, outcome: Outcome) -> None:
@@ -149,8 +152,8 @@ class Mirror:
         commit = accept_chain(seq, step.tokens, outcome)
         if state.window:
             self.planner.judged(state.pace, range(len(state.window)), commit.accepted)
-        elif state.drafting:
-            self.planner.probed(state.pace, 0)
+        elif state.drafting and state.step:
+            self.planner.judged(state.pace, (0,), 0)  # a late window is worth as much as a wrong one
         if state.sent:
             token, more = int(commit.tokens[-1]), state.drafting
             self.worker.post(VERDICT, seq.id, state.step, commit.accepted, token, more, wake=more)

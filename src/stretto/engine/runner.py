@@ -123,7 +123,7 @@ class Runner:
         CapacityError when more slots are in use now, UnsupportedError for a cache of regions.
         """
         if not isinstance(self.alloc, SlotAllocator):
-            raise UnsupportedError("a cache of regions cannot be held to fewer slots: load the model with a pool of slots")
+            raise UnsupportedError("a cache of regions cannot be held to fewer slots: load the model without regions")
         self._holds.append((slots, rows))
         try:
             self._keep_to_holds()
