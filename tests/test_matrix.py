@@ -41,7 +41,7 @@ def cases(*, lossless: bool = False) -> list:
 
 
 NETS = {
-    "causal": lambda: model(),
+    "causal": lambda: model(stretto={"mask_token_id": MASK}),
     "full": lambda: model(stretto={"attention": "full", "mask_token_id": MASK}),
     "block": lambda: model(stretto={"attention": "block", "block_size": 4, "mask_token_id": MASK}),
 }

@@ -1,5 +1,5 @@
-"""LLaDA, Dream, SDAR and LLaDA-MoE against a slow reference written from their published model
-files.
+"""LLaDA, Dream, SDAR, Fast-dLLM v2, WeDLM and LLaDA-MoE against a slow reference written from their
+published model files. LLaDA2 has a file of its own.
 """
 
 import json
@@ -82,6 +82,42 @@ CONFIGS = {
         mask_token_id=60,
         eos_token_id=59,
     ),
+    "fast_dllm": dict(
+        model_type="Fast_dLLM_Qwen",
+        architectures=["Fast_dLLM_QwenForCausalLM"],
+        hidden_size=H,
+        num_attention_heads=A,
+        num_key_value_heads=G,
+        num_hidden_layers=L,
+        intermediate_size=I,
+        rope_theta=1e6,
+        vocab_size=V,
+        rms_norm_eps=1e-6,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        use_sliding_window=False,
+        mask_token_id=60,
+        eos_token_id=59,
+    ),
+    "wedlm": dict(
+        model_type="wedlm",
+        architectures=["WeDLMForCausalLM"],
+        hidden_size=H,
+        num_attention_heads=A,
+        num_key_value_heads=G,
+        num_hidden_layers=L,
+        intermediate_size=I,
+        head_dim=D,
+        rope_theta=1e6,
+        vocab_size=V,
+        rms_norm_eps=1e-6,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        attention_bias=True,
+        qk_norm=True,
+        mask_token_id=60,
+        eos_token_id=59,
+    ),
     "llada_moe": dict(
         model_type="llada",
         architectures=["LLaDAMoEModelLM"],
@@ -107,6 +143,8 @@ CONFIGS = {
         eos_token_id=59,
     ),
 }
+BIASED, NORMED = ("dream", "fast_dllm", "wedlm"), ("sdar", "wedlm", "llada_moe")
+BLOCKS = {"sdar": 4, "fast_dllm": 32, "wedlm": 1}  # rows that see each other; the others all do
 RENAMED = {
     "embed": "model.transformer.wte",
     "norm": "model.transformer.ln_f",
@@ -167,11 +205,11 @@ def write(path, kind, **changes):
             "o": (H, A * D),
         }.items():
             add(p + n[part], *shape)
-            if kind == "dream" and part != "o":
+            if kind in BIASED and part != "o":
                 add(p + n[part], shape[0], what="bias")
         add(p + n["n1"], H)
         add(p + n["n2"], H)
-        if kind in ("sdar", "llada_moe"):
+        if kind in NORMED:
             add(p + "self_attn.q_norm", D)
             add(p + "self_attn.k_norm", D)
         if kind == "llada_moe":
@@ -206,14 +244,12 @@ def rotate(x, theta):
     return out
 
 
-def reference(kind, tensors, tokens, block=4):
+def reference(kind, tensors, tokens):
     """Logits in float64, every head and every row by itself."""
+    block = BLOCKS.get(kind, len(tokens))
     t, n, c = {k: v.double() for k, v in tensors.items()}, names(kind), CONFIGS[kind]
     eps, theta, length = c["rms_norm_eps"], c["rope_theta"], len(tokens)
-    sees = [
-        [j for j in range(length) if kind != "sdar" or j // block <= i // block]
-        for i in range(length)
-    ]
+    sees = [[j for j in range(length) if j // block <= i // block] for i in range(length)]
     x = t[n["embed"] + ".weight"][tokens]
     for layer in range(L):
         p = n["layer"].format(layer)
@@ -263,8 +299,9 @@ def kind(request):
 
 def test_logits(tmp_path, kind):
     tensors = write(tmp_path / "model", kind)
-    got = plain_logits(load(tmp_path / "model", dtype="float32"), ids(N))
-    want = reference(kind, tensors, ids(N))
+    text = ids(N if kind != "fast_dllm" else 40)  # two blocks
+    got = plain_logits(load(tmp_path / "model", dtype="float32"), text)
+    want = reference(kind, tensors, text)
     assert want.std() > 0.1
     assert (got - want).abs().max() <= 5e-6 * want.abs().max()  # float32 against float64
 
@@ -289,6 +326,8 @@ def test_round_trip(tmp_path, kind):
         ("llada", "full", 1, False),
         ("dream", "full", 1, True),
         ("sdar", "block", 4, False),
+        ("fast_dllm", "block", 32, True),
+        ("wedlm", "causal", 1, False),
         ("llada_moe", "full", 1, False),
     ],
 )

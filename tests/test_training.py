@@ -338,10 +338,11 @@ def test_a_recipe_ships_a_loadable_model(name, tmp_path, monkeypatch):
     small["examples"] = 8
     record = run_recipe(name, out=tmp_path / "m", steps=2, changes=small, report=lambda r: None)
     model = load(tmp_path / "m", dtype="float32")
-    kind = {"zoo-tiny-blocks": "block", "zoo-tiny-diffusion": "full"}.get(name, "causal")
+    kind = {"zoo-tiny-blocks": "block", "zoo-tiny-blocks-moe": "block", "zoo-tiny-diffusion": "full"}.get(name, "causal")
     assert (model.config.attention, model.config.shift) == (kind, False)
     assert model.config.block_size == (8 if kind == "block" else 1)
-    assert (model.config.mask_token_id is None) == (kind == "causal")
+    recovers = kind != "causal" or name == "zoo-tiny-wedlm"
+    assert (model.config.mask_token_id is None) == (not recovers)
     assert record == json.loads((tmp_path / "m" / "training.json").read_text())
     assert record["steps"] == 2 and record["parameters"] == sum(p.numel() for p in model.parameters())
     assert (tmp_path / "m" / "tokenizer.json").exists() and (tmp_path / "m.training" / "log.jsonl").exists()

@@ -26,7 +26,8 @@ from stretto.errors import CapacityError, UnsupportedError
 from stretto.models.config import ModelConfig
 
 __all__ = [
-    "Denoiser", "State", "check_room", "final_tokens", "gather", "mask_of", "open_rows",
+    "Denoiser", "State", "check_room", "final_tokens", "gather", "mask_of", "open_rows", "processed", "top_logprobs",
+    "uniforms",
 ]
 
 DRAW, ORDER = 1, 2  # uses of the noise of one step: candidates, and the random order
@@ -87,7 +88,7 @@ class Denoiser:
                 positions[i], token, seq.metrics.forwards, ends=self._ends(seq, positions[i], token)
             )
             if law is not None:
-                canvas.logprobs[positions[i]] = _top(law[i], token, seq.params.logprobs or 0)
+                canvas.logprobs[positions[i]] = top_logprobs(law[i], token, seq.params.logprobs or 0)
         canvas.turn, canvas.step = canvas.turn + 1, canvas.step + 1
         return chosen
 
@@ -224,12 +225,15 @@ def _kind(state: State) -> tuple:
 
 
 def _uniforms(state: State, use: int) -> np.ndarray:
+    return uniforms(state.seq, state.canvas.step, state.positions, use)
+
+
+def uniforms(seq: Sequence, step: int, positions: list[int], use: int) -> np.ndarray:
     """float64 [n] in (0, 1): functions of seed, choice, number of the step and position only."""
-    at = state.positions
-    return noise(state.seq.sampler.key, state.canvas.step, use, at[-1] + 1)[at]
+    return noise(seq.sampler.key, step, use, positions[-1] + 1)[positions]
 
 
-def _top(law: Tensor, token: int, k: int) -> dict[int, float]:
+def top_logprobs(law: Tensor, token: int, k: int) -> dict[int, float]:
     """Log-probabilities of ``token`` and the k most likely ones under float [V] logits."""
     x = torch.log_softmax(law.double(), -1)
     top = torch.topk(x, k).indices.tolist() if k else []

@@ -9,6 +9,7 @@ more. Sources: LLaDA, Dream, Fast-dLLM 1 and 2, SDAR, dInfer, EB-Sampler, CD4LM.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from stretto.decoding.canvas import Canvas
 from stretto.decoding.denoise import (
@@ -25,6 +26,7 @@ from stretto.decoding.unmask import Credit
 from stretto.engine.host import Host
 from stretto.engine.types import Commit, Outcome, Sequence, Step
 from stretto.errors import OptionError, PromptError
+from stretto.experts.sharing import sharing_rule
 
 __all__ = ["Diffusion", "Options"]
 
@@ -79,6 +81,19 @@ class Options:
         0.3, "share of max_tokens to be decided before an end-of-text (min_progress)",
         low=0.0, high=1.0,
     )
+    moe_sharing: str = option(
+        "off", "mixture of experts: the rows of a block share a set of experts (DES): seq = those "
+        "that some row ranks highest, vote = those with most of the routers' weight",
+        choices=("off", "seq", "vote"),
+    )
+    moe_budget: int | None = option(
+        None, "experts that every row keeps (seq; none = half), or in the set (vote; none = 45 % of "
+        "those chosen)", low=1,
+    )
+    moe_scope: str = option(
+        "sequence", "who shares: the rows of one block, or of all sequences of a forward (a result "
+        "then depends on its batch mates)", choices=("sequence", "batch"),
+    )
     infill: bool = option(False, "fill mask tokens inside the prompt too (full attention)")
 
 
@@ -94,6 +109,9 @@ class Diffusion:
         config, self._mask = host.config, mask_of(host, self.name)
         check(options, config.attention, config.block_size)
         self._host, self._options = host, options
+        self._sharing = sharing_rule(
+            options.moe_sharing, config.moe, options.moe_budget, options.moe_scope
+        )
         self._denoiser = Denoiser(
             mask=self._mask, stops=host.stop_ids, unmask=options.unmask, dial=options.threshold,
             score=options.score, steps=options.steps, low=options.low,
@@ -119,7 +137,13 @@ class Diffusion:
         return self._rows.prefill(seq, seq.state)
 
     def propose(self, seqs: list[Sequence]) -> list[Step]:
-        return [self._rows.step(seq, seq.state) for seq in seqs]
+        steps = [self._rows.step(seq, seq.state) for seq in seqs]
+        if self._sharing is not None:
+            for seq, step in zip(seqs, steps, strict=True):
+                canvas, block = seq.state, self._host.config.attention == "block"
+                span = (canvas.base, len(canvas.ids)) if block else (canvas.start, canvas.stop)
+                step.sharing = self._sharing, block_rows(step, *span)
+        return steps
 
     def commit(
         self, seqs: list[Sequence], steps: list[Step], outcomes: list[Outcome]
@@ -181,3 +205,12 @@ def check(o: Options, attention: str, block: int) -> None:
         refuse("refresh", "0 without the prefix or dual cache")
     if o.vicinity and o.cache != "dual":
         refuse("vicinity", "0 unless cache=dual")
+
+
+def block_rows(step: Step, start: int, stop: int) -> list[list[int]]:
+    """The rows at positions start..stop-1, masks and final tokens alike; a canvas that stands in the step twice gives
+    two groups. Rows of the prompt and of finished blocks route freely, so that their K/V stays exact."""
+    positions = range(len(step)) if step.positions is None else step.positions
+    rows = [i for i, at in enumerate(positions) if start <= at < stop]
+    breaks = [k for k in range(1, len(rows)) if positions[rows[k]] <= positions[rows[k - 1]]]
+    return [rows[a:b] for a, b in pairwise([0, *breaks, len(rows)])]

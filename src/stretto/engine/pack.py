@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +56,8 @@ class Plan:
             return False
         return step is None or (
             step.context is None and step.positions is None and step.embeds is None
-            and not step.entries and isinstance(step.see, str) and (step.see == CAUSAL or len(step.tokens) == 1)
+            and not step.entries and step.sharing is None
+            and isinstance(step.see, str) and (step.see == CAUSAL or len(step.tokens) == 1)
         )
 
     @property
@@ -208,6 +210,7 @@ def _pack(plans: list[Plan], block: int) -> FlatBatch:
         np.array(tokens, np.int64), row, len(plans), parts, taps=tuple(sorted(taps)),
         embeds=torch.cat(embeds) if embeds else None, embed_rows=np.array(embed_rows, np.int32) if embeds else None,
         entries=entries,
+        sharing=_sharing(plans),
     )
 
 
@@ -265,6 +268,22 @@ def _prepared(plan: Plan) -> FlatBatch:
         np.array(step.tokens, np.int64), n, 1, parts, embeds=embeds, entries=step.entries,
         embed_rows=None if embeds is None else np.array(step.embed_rows, np.int32),
     )
+
+
+def _sharing(plans: list[Plan]) -> list[tuple[Any, np.ndarray]]:
+    """(rule, rows of the batch) of every group; those of one rule whose scope is the batch together."""
+    out, together = [], {}
+    for plan in plans:
+        if plan.step is None or plan.step.sharing is None:
+            continue
+        rule, groups = plan.step.sharing
+        for group in groups:
+            rows = np.asarray(group, np.int32) + np.int32(plan.row + plan.lead)
+            if rule.scope == "batch":
+                together.setdefault(rule, []).append(rows)
+            else:
+                out.append((rule, rows))
+    return out + [(rule, np.concatenate(rows)) for rule, rows in together.items()]
 
 
 def _singles(plans: list[Plan]) -> FlatBatch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from functools import partial
@@ -58,9 +59,10 @@ class Runner:
         weight = model.model.embed_tokens.weight
         self.native, self.backend_reason = _native(model, backend)
         self.backend = "native" if self.native else "torch"
-        self._rowwise = deterministic and self.native is None
+        self._deterministic = deterministic
+        self._torch: Transformer | None = None
         if self.native is None:
-            model.pack(block=ROW_BLOCK if deterministic else 0)
+            self._torch = model.pack(block=ROW_BLOCK if deterministic else 0)
         kv_dtype = torch.float32 if self.native else weight.dtype
         self.pool = KVPool(
             c.num_hidden_layers, slots, c.num_key_value_heads, c.head_dim,
@@ -96,12 +98,14 @@ class Runner:
             self.peak_logits = max(self.peak_logits, len(batch.logit_rows))
         if early:
             check_early(early, self.config.num_hidden_layers)
-        if self.native is not None:
+        if self.native is not None and not batch.sharing:
             return self._natively(batch, early)
         with torch.inference_mode():
             self.pool.positions[batch.slots] = batch.positions
             shown = {l: partial(self._show, look) for l, look in early.items()} if early else None
-            result = forward_batch(self.model, self.pool, batch, rowwise=self._rowwise, early=shown)
+            result = forward_batch(
+                self._packed(), self.pool, batch, rowwise=self._deterministic, early=shown
+            )
             self._close(result)
         return result
 
@@ -150,6 +154,11 @@ class Runner:
         from stretto.models.native_linear import PackedLinear
 
         return Matrix(weight, PackedLinear(weight, dtype=self.native.weight_dtype))
+    def _packed(self) -> Transformer:
+        """The model as the torch forward runs it; beside a native forward a copy, made when first needed."""
+        if self._torch is None:
+            self._torch = copy.deepcopy(self.model).pack(block=ROW_BLOCK if self._deterministic else 0)
+        return self._torch
 
     def _close(self, result: ForwardResult) -> None:
         """Ids that the tokenizer does not know are never chosen."""

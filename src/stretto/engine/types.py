@@ -53,7 +53,8 @@ class Step:
     ``positions`` default to consecutive ones behind the cached rows.
     ``logits``: rows whose logits are wanted (None = all). ``embeds`` [len(embed_rows), H] replaces the token
     embeddings of ``embed_rows``. ``entries``: rows that enter in mid-stack. ``taps``: layers whose output states are
-    wanted (0 = embeddings, -1 = final).
+    wanted (0 = embeddings, -1 = final). ``sharing``: a rule (``models.moe.Rule``) and groups of rows that each route
+    within one small set of experts; such forwards run in torch.
     ``early`` = (layer, call): ``call(outcome)`` gets the logits as that layer (1-based, below the last) would give
     them, while the layers above it are still to run; it must return at once.
     ``extra``: whatever the method wants to find again at commit; the engine never looks at it.
@@ -69,6 +70,7 @@ class Step:
     taps: Seq[int] = ()
     entries: Seq[Entry] = ()
     early: tuple[int, Callable[[Outcome], None]] | None = None
+    sharing: tuple[Any, Seq[Seq[int]]] | None = None
     extra: Any = None
 
     def __len__(self) -> int:

@@ -48,6 +48,7 @@ class FlatBatch:
     embeds: Tensor | None = None  # [len(embed_rows), H], replaces the token embedding of embed_rows
     embed_rows: Ints | None = None
     entries: Sequence[Entry] = ()  # rows that enter in mid-stack
+    sharing: Sequence[tuple[Any, Ints]] = ()  # (rule, rows): rows that route within one set of experts (moe.Rule)
     ints: Ints | None = None  # where the arrays from positions to logit_rows are views of one: ``lay`` made them
 
     @classmethod

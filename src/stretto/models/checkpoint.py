@@ -165,6 +165,7 @@ def _check(
         for piece in parts:
             wanted.add(piece.name)
             shape = tuple(param[piece.index].shape)
+            shape = shape if piece.part is None else (piece.whole, *shape[1:])
             if piece.name not in store.where:
                 missing.append(piece.name)
             elif store.shapes[piece.name] != shape:
@@ -195,6 +196,8 @@ def _read(
         tensor = store.get(piece.name)
         if tensor.isnan().any():
             raise WeightsError(f"tensor {piece.name} of {store.path} contains NaN")
+        if piece.part is not None:
+            tensor = tensor[piece.part].clone()
         if piece.index == ():
             return tensor.to(device=device, dtype=dtype)
         if out is None:
@@ -267,17 +270,30 @@ def _disk_tensors(model: Transformer, forced: torch.dtype | None) -> Iterator[tu
     dtypes = source.dtypes if source is not None else {}
     with ExitStack() as stack:
         store = None
-        for name, param in model.named_parameters():
-            for piece in pieces(name, model.config):
-                value = param.detach()[piece.index]
-                want = forced or dtypes.get(piece.name, value.dtype)
-                if forced is None and not _exact(value.dtype, want) and source.path.is_dir():
-                    store = store or Store(source.path, stack)
-                    original = store.get(piece.name)
-                    if torch.equal(original.to(value.dtype), value.cpu()):
-                        yield piece.name, original
-                        continue
-                yield piece.name, value.to("cpu", want).contiguous().clone()
+        for disk, value in _whole_tensors(model):
+            want = forced or dtypes.get(disk, value.dtype)
+            if forced is None and not _exact(value.dtype, want) and source.path.is_dir():
+                store = store or Store(source.path, stack)
+                original = store.get(disk)
+                if torch.equal(original.to(value.dtype), value.cpu()):
+                    yield disk, original
+                    continue
+            yield disk, value.to("cpu", want).contiguous().clone()
+
+
+def _whole_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """(disk name, its tensor): parameters that share one on disk are put together when all are there."""
+    parts: dict[str, dict[int, Tensor]] = {}
+    for name, param in model.named_parameters():
+        for piece in pieces(name, model.config):
+            value = param.detach()[piece.index]
+            if piece.part is None:
+                yield piece.name, value
+                continue
+            found = parts.setdefault(piece.name, {})
+            found[piece.part.start] = value
+            if sum(map(len, found.values())) == piece.whole:
+                yield piece.name, torch.cat([x for _, x in sorted(found.items())])
 
 
 def _exact(held: torch.dtype, wanted: torch.dtype) -> bool:

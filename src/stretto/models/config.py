@@ -16,6 +16,7 @@ from stretto.models.families import FAMILIES, Family
 __all__ = ["MoEConfig", "ModelConfig", "RopeConfig"]
 
 ATTENTION_KINDS = ("causal", "full", "block")
+SCORES = ("softmax", "sigmoid")
 ROPE_NEEDS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -32,13 +33,15 @@ class RopeConfig:
     its base.
 
     ``params``: the numbers of that type under their Hugging Face keys (factor, beta_fast, ...).
-    ``fp32``: rotate in float32 and cast back (LLaDA).
+    ``fp32``: rotate in float32 and cast back (LLaDA). ``partial``: the share of each head's
+    dimensions, from the first on, that is rotated.
     """
 
     type: str = "default"
     theta: float = 10000.0
     params: Mapping[str, Any] = field(default_factory=dict)
     fp32: bool = False
+    partial: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,11 @@ class MoEConfig:
     ``renormalize``: divide the chosen weights by their sum. ``cast``: round the weights to the
     model dtype before the product (qwen3_moe does, mixtral keeps float32). ``sparse``: which layers
     are routed.
+
+    ``score``: "softmax" over the experts or "sigmoid" of each, then in float32. ``expert_bias``: a
+    number for each expert that is added for the choice only. ``groups``: the experts stand in so
+    many equal groups, and only the ``top_groups`` best (by their two best experts) are eligible.
+    ``scale`` multiplies the weights. ``shared``: width of an expert that every row passes, 0 = none.
     """
 
     experts: int
@@ -56,6 +64,12 @@ class MoEConfig:
     renormalize: bool
     cast: bool
     sparse: tuple[bool, ...]
+    score: str = "softmax"
+    expert_bias: bool = False
+    groups: int = 1
+    top_groups: int = 1
+    scale: float = 1.0
+    shared: int = 0
 
 
 @dataclass(frozen=True)
@@ -162,6 +176,13 @@ def _check(c: ModelConfig) -> None:
         raise ArchitectureError(
             f"rope type {c.rope.type!r} is not supported: allowed are {', '.join(ROPE_NEEDS)}"
         )
+    if c.head_dim * c.rope.partial % 2:
+        raise ArchitectureError(
+            f"partial_rotary_factor={c.rope.partial} of head_dim={c.head_dim}: rotary embeddings "
+            "need an even number"
+        )
+    if c.moe is not None:
+        _check_moe(c.moe)
     lacking = [k for k in ROPE_NEEDS[c.rope.type] if c.rope.params.get(k) is None]
     if lacking:
         raise ArchitectureError(f"rope type {c.rope.type!r} needs {', '.join(lacking)}")
@@ -174,3 +195,19 @@ def _check(c: ModelConfig) -> None:
             raise ArchitectureError(
                 f"{what}_token_id={token} is outside the vocabulary of {c.vocab_size}"
             )
+
+
+def _check_moe(m: MoEConfig) -> None:
+    if m.score not in SCORES:
+        raise ArchitectureError(f"router score {m.score!r}: allowed are {', '.join(SCORES)}")
+    if not 1 <= m.top_k <= m.experts:
+        raise ArchitectureError(f"num_experts_per_tok={m.top_k}: allowed are 1..{m.experts}")
+    if m.groups > 1 and (m.experts % m.groups or m.experts // m.groups < 2):
+        raise ArchitectureError(
+            f"n_group={m.groups}: {m.experts} experts must divide into groups of at least 2"
+        )
+    if not 1 <= m.top_groups <= m.groups or m.top_k > m.top_groups * (m.experts // m.groups):
+        raise ArchitectureError(
+            f"topk_group={m.top_groups}: allowed are 1..{m.groups}, with room for "
+            f"num_experts_per_tok={m.top_k} experts"
+        )

@@ -7,6 +7,7 @@ Masks are bool, True = visible. ``attend`` gets q and k already rotated.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from stretto.errors import OptionError, PromptError, UnsupportedError
 from stretto.models.batch import EarlyLogits, FlatBatch, ForwardResult, KVPool
 from stretto.models.entries import check
+from stretto.models.moe import shared_routing
 from stretto.models.strided import Strided, strided
 
 if TYPE_CHECKING:
@@ -366,11 +368,13 @@ def forward_batch(
             hidden = hidden[torch.from_numpy(np.asarray(wanted, np.int64)).to(device)]
         return model.logits(hidden).float()
 
-    hidden = model.hidden(
-        None if embeds is not None else tokens, positions, ctx, embeds=embeds, taps=batch.taps, tapped=tapped,
-        entries=batch.entries,
-        passed={l: lambda x, f=f: f(logits(model.norm(x))) for l, f in (early or {}).items()},
-    )  # fmt: skip
+    groups = [(rule, torch.from_numpy(np.asarray(rows, np.int64)).to(device)) for rule, rows in batch.sharing]
+    with shared_routing(model, groups) if groups else nullcontext():
+        hidden = model.hidden(
+            None if embeds is not None else tokens, positions, ctx, embeds=embeds, taps=batch.taps, tapped=tapped,
+            entries=batch.entries,
+            passed={l: lambda x, f=f: f(logits(model.norm(x))) for l, f in (early or {}).items()},
+        )  # fmt: skip
     if -1 in batch.taps:
         tapped[-1] = hidden
     return ForwardResult(logits(hidden), tapped)

@@ -24,7 +24,7 @@ class Family:
     ``keys``: canonical name -> the family's own keys, first choice first. ``defaults``: values
     where config.json has none. ``fixed``: keys that, where given, must have this value. ``window``:
     "always" (mistral: all layers, 4096 if absent), "layers" (qwen: only with use_sliding_window) or
-    None. ``moe``: "mixtral", "qwen" or None. ``names``: table of tensor names in ``checkpoint``.
+    None. ``moe``: "mixtral", "qwen", "bailing" or None. ``names``: table of tensor names in ``checkpoint``.
     ``rope_style``: does a fresh config.json hold ``rope_parameters`` ("new") or ``rope_theta``
     ("old").
     """
@@ -58,6 +58,14 @@ _QWEN3 = Family(
     defaults={"head_dim": 128},
 )
 _EXPERTS = {"num_experts": ("num_experts", "num_local_experts")}
+_QWEN3_MOE = replace(
+    _QWEN3,
+    architecture="Qwen3MoeForCausalLM",
+    moe="qwen",
+    names="experts",
+    keys=_EXPERTS,
+    defaults={},
+)
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(
@@ -85,14 +93,7 @@ FAMILIES: dict[str, Family] = {
             "rms_norm_eps": 1e-5,
         },
     ),
-    "qwen3_moe": replace(
-        _QWEN3,
-        architecture="Qwen3MoeForCausalLM",
-        moe="qwen",
-        names="experts",
-        keys=_EXPERTS,
-        defaults={},
-    ),
+    "qwen3_moe": _QWEN3_MOE,
     "llada": Family(
         "LLaDAModelLM",
         qkv_bias="include_qkv_bias",
@@ -128,6 +129,12 @@ FAMILIES: dict[str, Family] = {
     ),
     "Dream": replace(_QWEN2, architecture="DreamModel", attention="full", shift=True),
     "sdar": replace(_QWEN3, architecture="SDARForCausalLM", attention="block", block_size=4),
+    "sdar_moe": replace(
+        _QWEN3_MOE, architecture="SDARMoeForCausalLM", attention="block", block_size=4
+    ),
+    "wedlm": Family(
+        "WeDLMForCausalLM", qkv_bias="attention_bias", qk_norm="qk_norm", window="layers"
+    ),
     "Fast_dLLM_Qwen": replace(
         _QWEN2,
         architecture="Fast_dLLM_QwenForCausalLM",
@@ -152,6 +159,32 @@ FAMILIES: dict[str, Family] = {
         model_type="llada",
     ),
 }
+
+
+FAMILIES["llada2_moe"] = Family(
+    "LLaDA2MoeModelLM",
+    qkv_bias="use_qkv_bias",
+    o_bias="use_bias",
+    mlp_bias="use_bias",
+    qk_norm="use_qk_norm",
+    attention="block",
+    block_size=32,
+    moe="bailing",
+    names="bailing",
+    rope_style="old",
+    keys={
+        "num_experts": ("num_experts",),
+        "score": ("score_function",),
+        "expert_bias": ("moe_router_enable_expert_bias",),
+        "shared_size": ("moe_shared_expert_intermediate_size",),
+    },
+    defaults={
+        "score": "sigmoid",
+        "expert_bias": True,
+        "norm_topk_prob": True,
+        "use_qk_norm": True,
+    },
+)
 
 
 def family_of(data: Mapping[str, Any]) -> tuple[str, Family]:

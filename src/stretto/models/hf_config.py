@@ -117,7 +117,10 @@ class _Reader:
 
     def _flag(self, rule: bool | str) -> bool:
         """A family's flag is fixed, or the name of the key that holds it."""
-        return bool(self.data.get(rule, False)) if isinstance(rule, str) else rule
+        if not isinstance(rule, str):
+            return rule
+        value = self.data.get(rule)
+        return bool(self.family.defaults.get(rule, False) if value is None else value)
 
     def _intermediate(self, hidden: int) -> int:
         value = self.get("intermediate_size")
@@ -132,10 +135,8 @@ class _Reader:
         kind = params.pop("rope_type", None) or params.pop("type", None) or "default"
         params.pop("type", None)
         theta = params.pop("rope_theta", None) or self.get("rope_theta", 10000.0)
-        if params.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ArchitectureError("partial_rotary_factor other than 1 is not supported")
-        params.pop("partial_rotary_factor", None)
-        return RopeConfig(kind, float(theta), params, self.family.rope_fp32)
+        partial = params.pop("partial_rotary_factor", None) or self.get("partial_rotary_factor", 1.0)
+        return RopeConfig(kind, float(theta), params, self.family.rope_fp32, float(partial))
 
     def _windows(self, layers: int) -> tuple[int | None, ...]:
         rule, size = self.family.window, self.data.get("sliding_window")
@@ -161,18 +162,36 @@ class _Reader:
             bool(freq[i]) if isinstance(freq, list) else i not in dense and (i + 1) % step == 0
             for i in range(layers)
         )
+        if rule == "bailing":
+            first = int(self.data.get("first_k_dense_replace") or 0)
+            sparse = tuple(i >= first for i in range(layers))
         return MoEConfig(
             experts=self.number("num_experts"),
             top_k=self.number("num_experts_per_tok"),
             intermediate_size=self.number("moe_intermediate_size"),
             renormalize=True if rule == "mixtral" else bool(self.get("norm_topk_prob", False)),
-            cast=rule != "mixtral",
+            cast=rule == "qwen",
             sparse=sparse,
+            **(self._groups() if rule == "bailing" else {}),
+        )
+
+    def _groups(self) -> dict[str, Any]:
+        """What a router with biases, groups and shared experts has beyond the common facts."""
+        shared = int(self.get("num_shared_experts") or 0)
+        groups = int(self.get("n_group") or 1)
+        return dict(
+            score=self.get("score"),
+            expert_bias=bool(self.get("expert_bias")),
+            groups=groups,
+            top_groups=int(self.get("topk_group") or groups),
+            scale=float(self.get("routed_scaling_factor") or 1.0),
+            shared=shared * int(self.get("shared_size") or self.get("moe_intermediate_size")),
         )
 
 
 def _rope_hf(c: ModelConfig) -> dict[str, Any]:
-    return {"rope_type": c.rope.type, "rope_theta": c.rope.theta, **c.rope.params}
+    out = {"rope_type": c.rope.type, "rope_theta": c.rope.theta, **c.rope.params}
+    return out if c.rope.partial == 1.0 else {**out, "partial_rotary_factor": c.rope.partial}
 
 
 def _stretto_section(c: ModelConfig) -> dict[str, Any]:
@@ -216,6 +235,8 @@ def _fresh(c: ModelConfig) -> dict[str, Any]:
             out[rule] = value
     if family.rope_style == "old":
         out |= {"rope_theta": c.rope.theta}
+        if c.rope.partial != 1.0:
+            out["partial_rotary_factor"] = c.rope.partial
     else:
         out["rope_parameters"] = _rope_hf(c)
     out |= _window_keys(c) | _moe_keys(c)
@@ -254,11 +275,27 @@ def _moe_keys(c: ModelConfig) -> dict[str, Any]:
         "num_experts_per_tok": c.moe.top_k,
         keys.get("moe_intermediate_size", ("moe_intermediate_size",))[0]: c.moe.intermediate_size,
     }
+    if c.family.moe == "bailing":
+        return out | _bailing_keys(c.moe)
     if c.family.moe != "mixtral":
         out["norm_topk_prob"] = c.moe.renormalize
         out["mlp_only_layers"] = [i for i, s in enumerate(c.moe.sparse) if not s]
         out["decoder_sparse_step"] = 1
     return out
+
+
+def _bailing_keys(m: MoEConfig) -> dict[str, Any]:
+    return {
+        "norm_topk_prob": m.renormalize,
+        "first_k_dense_replace": m.sparse.index(True) if any(m.sparse) else len(m.sparse),
+        "score_function": m.score,
+        "moe_router_enable_expert_bias": m.expert_bias,
+        "n_group": m.groups,
+        "topk_group": m.top_groups,
+        "routed_scaling_factor": m.scale,
+        "num_shared_experts": int(m.shared > 0),
+        "moe_shared_expert_intermediate_size": m.shared or m.intermediate_size,
+    }
 
 
 def _patched(c: ModelConfig) -> dict[str, Any]:

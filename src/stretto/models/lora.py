@@ -216,7 +216,8 @@ def _targets(model: Transformer) -> dict[str, tuple[str, tuple]]:
         if p.dim() < 2 or ".lora_" in name or "embed_tokens" in name:
             continue
         for piece in pieces(name, model.config):
-            out[piece.name.removesuffix(".weight")] = (name, piece.index)
+            if piece.part is None:
+                out[piece.name.removesuffix(".weight")] = (name, piece.index)
     return out
 
 

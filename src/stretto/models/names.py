@@ -38,17 +38,33 @@ _TABLES: dict[str, tuple[tuple[str, str], ...]] = {
         (".mlp.experts.", ".block_sparse_moe.experts."),
     ),
     "llada": _LLADA,
+    "bailing": (
+        ("model.embed_tokens.", "model.word_embeddings."),
+        (".self_attn.o_proj.", ".attention.dense."),
+        (".self_attn.q_norm.", ".attention.query_layernorm."),
+        (".self_attn.k_norm.", ".attention.key_layernorm."),
+        (".self_attn.", ".attention."),
+    ),
 }
-_EXPERT = {"mixtral": ("w1", "w3", "w2"), "experts": ("gate_proj", "up_proj", "down_proj")}
+_PLAIN = ("gate_proj", "up_proj", "down_proj")
+_EXPERT = {"mixtral": ("w1", "w3", "w2"), "experts": _PLAIN, "bailing": _PLAIN}
+_FUSED = {"bailing": "query_key_value"}  # the rows of q, then k, then v, in one tensor
+_QKV = re.compile(r"\.([qkv])_proj\.")
 _IGNORED = re.compile(r"\.rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The disk tensor ``name`` fills ``parameter[index]``."""
+    """The disk tensor ``name`` fills ``parameter[index]``.
+
+    Where several parameters share a disk tensor, ``part`` are the rows of it that belong here, of
+    ``whole`` rows.
+    """
 
     name: str
     index: Index = ()
+    part: slice | None = None
+    whole: int = 0
 
 
 def _rename(name: str, table: str) -> str:
@@ -61,7 +77,7 @@ def pieces(parameter: str, config: ModelConfig) -> Iterator[Piece]:
     """The disk tensors of one parameter, in the order of its rows."""
     table = config.family.names
     if ".experts." not in parameter:
-        yield Piece(_rename(parameter, table))
+        yield _plain(parameter, table, config)
         return
     prefix, _, kind = _rename(parameter, table).rpartition(".")
     gate, up, down = _EXPERT[table]
@@ -72,6 +88,18 @@ def pieces(parameter: str, config: ModelConfig) -> Iterator[Piece]:
         else:
             yield Piece(f"{prefix}.{e}.{gate}.weight", (e, slice(0, size)))
             yield Piece(f"{prefix}.{e}.{up}.weight", (e, slice(size, 2 * size)))
+
+
+def _plain(parameter: str, table: str, config: ModelConfig) -> Piece:
+    """The one disk tensor of a parameter, or its rows of a fused one."""
+    name = _rename(parameter, table)
+    found = _QKV.search(parameter)
+    if found is None or table not in _FUSED:
+        return Piece(name)
+    q, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    starts = {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}
+    fused = name.replace(found.group(), f".{_FUSED[table]}.", 1)
+    return Piece(fused, part=slice(*starts[found.group(1)]), whole=q + 2 * kv)
 
 
 def ignorable(name: str, config: ModelConfig) -> bool:

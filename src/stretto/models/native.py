@@ -54,6 +54,10 @@ class NativeForward:
         """None, or why this machine or model cannot use it."""
         if os.environ.get("STRETTO_NATIVE") == "0":
             return "STRETTO_NATIVE=0 turns it off"
+        if config.rope.partial != 1.0:
+            return "its rotary embedding covers a part of each head only"
+        if (m := config.moe) and (m.score, m.expert_bias, m.groups, m.scale, m.shared) != ("softmax", False, 1, 1.0, 0):
+            return "its router has sigmoid scores, biases, groups or shared experts"
         return "only for little-endian machines" if sys.byteorder == "big" else library()[1]
 
     @torch.no_grad()

@@ -25,6 +25,7 @@ class Rotary:
 
     def __init__(self, rope: RopeConfig, head_dim: int, max_positions: int):
         self.rope, self.head_dim, self.max_positions = rope, head_dim, max_positions
+        self._rotated = int(head_dim * rope.partial)
         self._cached: tuple[int, torch.device, Tensor] | None = None
         self.scale = _attention_factor(rope, max_positions)
 
@@ -38,8 +39,8 @@ class Rotary:
         return None
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions int [n] -> cos, sin [n, 1, D] of ``dtype`` (float32 where the family rotates
-        so).
+        """positions int [n] -> cos, sin [n, 1, R] of ``dtype`` (float32 where the family rotates
+        so); R = D, or the rotated part of a head.
         """
         angles = positions.float()[:, None] * self._frequencies(positions)
         angles = torch.cat((angles, angles), -1)[:, None, :]
@@ -52,13 +53,18 @@ class Rotary:
             length = max(length, int(positions.max()) + 1)
         key = (length, positions.device)
         if self._cached is None or self._cached[:2] != key:
-            freqs = _inverse_frequencies(self.rope, self.head_dim, self.max_positions, length)
+            freqs = _inverse_frequencies(self.rope, self._rotated, self.max_positions, length)
             self._cached = (*key, freqs.to(positions.device))
         return self._cached[2]
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [n, heads, D], cos and sin [n, 1, D] -> rotated x, in x's dtype."""
+    """x [n, heads, D], cos and sin [n, 1, R] -> x with its first R dimensions rotated, in x's
+    dtype.
+    """
+    rotary = cos.shape[-1]
+    if rotary < x.shape[-1]:
+        return torch.cat((apply_rope(x[..., :rotary], cos, sin), x[..., rotary:]), -1)
     half = x.shape[-1] // 2
     rotated = torch.cat((-x[..., half:], x[..., :half]), -1)
     return (x * cos + rotated * sin).to(x.dtype)

@@ -87,13 +87,14 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x))"""
+    """down(silu(gate(x)) * up(x)); ``width`` in place of the config's intermediate size."""
 
-    def __init__(self, c: ModelConfig):
+    def __init__(self, c: ModelConfig, width: int | None = None):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+        width = width or c.intermediate_size
+        self.gate_proj = nn.Linear(c.hidden_size, width, bias=c.mlp_bias)
+        self.up_proj = nn.Linear(c.hidden_size, width, bias=c.mlp_bias)
+        self.down_proj = nn.Linear(width, c.hidden_size, bias=c.mlp_bias)
         self.gate_up_proj: InferenceLinear | None = None  # set by pack()
 
     def pack(self) -> None:
@@ -115,7 +116,9 @@ class Block(nn.Module):
     def __init__(self, c: ModelConfig, layer: int):
         super().__init__()
         self.self_attn = Attention(c, layer)
-        self.mlp = SparseMLP(c) if c.moe is not None and c.moe.sparse[layer] else MLP(c)
+        moe = c.moe if c.moe is not None and c.moe.sparse[layer] else None
+        shared = MLP(c, moe.shared) if moe is not None and moe.shared else None
+        self.mlp = SparseMLP(c, shared) if moe is not None else MLP(c)
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 

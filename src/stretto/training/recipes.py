@@ -27,7 +27,9 @@ class Recipe:
 
     name: str
     purpose: str
-    objective: Literal["ar", "masked_diffusion", "block_diffusion", "jacobi_forcing", "tool_slots"] = "ar"
+    objective: Literal[
+        "ar", "masked_diffusion", "block_diffusion", "jacobi_forcing", "tool_slots", "causal_recovery"
+    ] = "ar"
     base: str | None = None  # model whose weights it starts from
     hidden: int = 192
     layers: int = 6
@@ -37,8 +39,10 @@ class Recipe:
     ffn: int = 512
     experts: int = 0  # 0 = dense
     top_k: int = 2
+    sparse_every: int = 1  # every so many-th layer, from the last back, is routed; the others are dense
+    dense_ffn: int = 512  # of the dense layers of a mixture of experts; ``ffn`` is then of an expert
     balance: float = 0.01  # weight of the load-balance loss (Switch)
-    block_size: int = 8  # of block diffusion
+    block_size: int = 8  # of block diffusion and causal recovery
     trajectories: tuple[int, ...] = ()  # jacobi forcing: n, tokens of a recorded block, for equal shares of the budget
     examples: int = 1024  # jacobi forcing: of a pool of trajectories
     window: int = 4  # jacobi forcing: w, noisy blocks that see each other
@@ -62,7 +66,7 @@ class Recipe:
 
     @property
     def causal(self) -> bool:
-        return self.objective in ("ar", "jacobi_forcing", "tool_slots")
+        return self.objective in ("ar", "jacobi_forcing", "tool_slots", "causal_recovery")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +139,15 @@ _ALL: tuple[Recipe | PartRecipe, ...] = (
         name="zoo-tiny-tools", purpose="fills all fields of a function call at once (SimpleTool), from zoo:tiny",
         objective="tool_slots", base="zoo:tiny", minutes=15, rows=8, length=288, lr=2e-3, adam_lr=2e-3, decay=0.6,
         weights={},
+    ),
+    Recipe(
+        name="zoo-tiny-blocks-moe", purpose="block-causal masked diffusion, mixture of experts, from zoo:tiny-blocks",
+        objective="block_diffusion", base="zoo:tiny-blocks", experts=16, top_k=4, ffn=128, sparse_every=2,
+        minutes=10, lr=2e-3, adam_lr=1e-3,
+    ),
+    Recipe(
+        name="zoo-tiny-wedlm", purpose="causal attention, next token and masked recovery, from zoo:tiny",
+        objective="causal_recovery", base="zoo:tiny", block_size=16, minutes=15, lr=2e-3, adam_lr=1e-3,
     ),
     PartRecipe(
         name="zoo-tiny-medusa", purpose="Medusa heads for zoo:tiny", kind="medusa", options={"heads": 4},

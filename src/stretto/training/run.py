@@ -13,6 +13,7 @@ import random
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from stretto.training.objectives import (
 from stretto.training.probe import Matcher, match_autoregressive, match_diffusion, probe
 from stretto.training.recipes import Recipe
 from stretto.training.recorded import Pools, recorded_data
+from stretto.training.recovery import CausalRecovery
 from stretto.training.tool_units import tool_data, write_slots
 from stretto.training.trainer import Record, TrainConfig, Trainer
 from stretto.training.trie import TrieLoss
@@ -155,17 +157,28 @@ def config_of(recipe: Recipe) -> ModelConfig:
     """The ``config.json`` of a recipe."""
     ids = special_ids()
     kind = {"masked_diffusion": "full", "block_diffusion": "block"}.get(recipe.objective, "causal")
+    dense = recipe.ffn if recipe.sparse_every == 1 else recipe.dense_ffn
     moe = MoEConfig(
-        recipe.experts, recipe.top_k, recipe.ffn, renormalize=True, cast=True, sparse=(True,) * recipe.layers,
+        recipe.experts, recipe.top_k, recipe.ffn, renormalize=True, cast=True,
+        sparse=tuple((recipe.layers - i - 1) % recipe.sparse_every == 0 for i in range(recipe.layers)),
     )
     return ModelConfig(
-        "sdar" if kind == "block" else "qwen3_moe" if recipe.experts else "qwen3",
-        workbook_vocabulary(), recipe.hidden, recipe.ffn, recipe.layers, recipe.heads, recipe.kv_heads, recipe.head_dim,
+        _family(recipe),
+        workbook_vocabulary(), recipe.hidden, dense, recipe.layers, recipe.heads, recipe.kv_heads, recipe.head_dim,
         tie_word_embeddings=True, qk_norm=True, max_position_embeddings=CONTEXT, attention=kind,
         block_size=recipe.block_size if kind == "block" else 1, moe=moe if recipe.experts else None,
         eos_token_ids=(ids["<|im_end|>"],), pad_token_id=ids["<|pad|>"],
-        mask_token_id=None if kind == "causal" else ids["<|mask|>"],
+        mask_token_id=None if recipe.objective in ("ar", "jacobi_forcing", "tool_slots") else ids["<|mask|>"],
     )
+
+
+def _family(recipe: Recipe) -> str:
+    """The published layout that the model is saved in."""
+    if recipe.objective == "causal_recovery":
+        return "wedlm"
+    if recipe.objective == "block_diffusion":
+        return "sdar_moe" if recipe.experts else "sdar"
+    return "qwen3_moe" if recipe.experts else "qwen3"
 
 
 def special_ids() -> dict[str, int]:
@@ -182,13 +195,16 @@ def objective_of(recipe: Recipe) -> Objective:
     mask = special_ids()["<|mask|>"]
     if recipe.objective == "masked_diffusion":
         return MaskedDiffusion(mask, law="count")
+    plain: Objective = Autoregressive()
     if recipe.objective == "block_diffusion":
-        return BlockDiffusion(mask, recipe.block_size)
-    if recipe.objective == "jacobi_forcing":
-        return JacobiForcing(recipe.ar_weight)
-    if recipe.objective == "tool_slots":
-        return TrieLoss()
-    return Balanced(Autoregressive(), recipe.balance) if recipe.experts else Autoregressive()
+        plain = BlockDiffusion(mask, recipe.block_size)
+    elif recipe.objective == "jacobi_forcing":
+        plain = JacobiForcing(recipe.ar_weight)
+    elif recipe.objective == "tool_slots":
+        plain = TrieLoss()
+    elif recipe.objective == "causal_recovery":
+        plain = CausalRecovery(mask, recipe.block_size, end_id=special_ids()["<|im_end|>"])
+    return Balanced(plain, recipe.balance) if recipe.experts else plain
 
 
 def data_of(recipe: Recipe) -> PackedData:
@@ -205,14 +221,14 @@ def data_of(recipe: Recipe) -> PackedData:
 def documents(recipe: Recipe, examples: Sequence[workbook.Example], rng: random.Random) -> list[Document]:
     """Examples as the objective wants them: behind the answer, diffusion models learn to fill with end-of-text.
 
-    Block diffusion: up to the end of the block. Full attention: up to a canvas whose length is mostly a little more
-    than the answer's, and in three cases of ten anything up to ``CANVAS``.
+    Block diffusion and causal recovery: up to the end of the block. Full attention: up to a canvas whose length is
+    mostly a little more than the answer's, and in three cases of ten anything up to ``CANVAS``.
     """
     eos, out = special_ids()["<|im_end|>"], []
     for example in examples:
         prompt, answer = workbook.encode(example)
         extra = 0
-        if recipe.objective == "block_diffusion":
+        if recipe.objective in ("block_diffusion", "causal_recovery"):
             extra = -(len(prompt) + len(answer)) % recipe.block_size
         elif recipe.objective == "masked_diffusion":
             room = max(0, min(CANVAS - len(answer), recipe.length - len(prompt) - len(answer)))
@@ -222,7 +238,9 @@ def documents(recipe: Recipe, examples: Sequence[workbook.Example], rng: random.
 
 
 def test_batches(recipe: Recipe, n: int) -> dict[str, PackedBatch]:
-    """``n`` test examples of every task, packed; only for watching the training."""
+    """``n`` test examples of every task, packed; only for watching the training. Where the next token is asked for,
+    nothing stands behind the answers."""
+    recipe = replace(recipe, objective="ar") if recipe.causal else recipe
     pad = special_ids()["<|pad|>"]
     return {
         task: pack(
