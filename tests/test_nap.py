@@ -8,7 +8,7 @@ from stretto.bench.arness import global_arness, local_arness, order_of, set_arne
 from stretto.decoding.registry import make
 from stretto.decoding.streams import quotas
 from stretto.errors import OptionError, PromptError, UnsupportedError
-from stretto.training.paths import PathLayout, pick_paths, sample_paths, vote
+from stretto.training.paths import PathLayout, orders_of, pick_paths, sample_paths, vote
 from tiny import EOS, MASK, engine, greedy, model, run, tokens
 
 TEXT = [5, 9, 7, 5, 9, 7, 11]
@@ -124,6 +124,13 @@ def test_paths_are_different_right_and_shuffled():
     out = sample_paths(lambda p, n: asked.append(n) or [["r1", "r2"], ["x", "y"]], ["a", "b"], [judge, judge], n=5, keep=2)
     assert asked == [5] and sorted(out[0]) == ["r1", "r2"] and out[1] is None
     assert vote(["4", None, "5", "4"]) == "4" and vote([None]) is None and vote(["5", "4"]) == "5"
+
+
+def test_orders_of_a_sum():
+    assert orders_of([5, 3, 4], [1, 1, -1]) == [
+        "5 + 3 = 8.\n8 - 4 = 4.", "5 - 4 = 1.\n1 + 3 = 4.", "3 + 5 = 8.\n8 - 4 = 4.",
+    ]  # 3 - 4 is below zero
+    assert len(orders_of([1, 2, 3], [1, 1, 1])) == 6 and orders_of([4, 4], [1, 1]) == ["4 + 4 = 8."]
 
 
 def test_the_layout_of_training_is_the_canvas_of_decoding(net):

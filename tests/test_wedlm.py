@@ -168,6 +168,17 @@ def test_threshold_zero_is_one_token_a_forward(net):
     assert len(set(stream.seq.step_map)) == 15
 
 
+def test_block_wise_waits_for_the_whole_window(net):
+    options = {"window": 5, "entropy_threshold": 2.0, "streaming": False}
+    (stream,) = run(engine(net), [(TEXT, greedy(20, ignore_eos=True), "wedlm", options)])[0]
+    steps = stream.seq.step_map
+    assert len(tokens(stream)) == 20
+    for i in range(0, 15, 5):
+        assert max(steps[i : i + 5]) < min(steps[i + 5 : i + 10]), "no slot of the next window before this one is full"
+    again = run(engine(net), [(TEXT, greedy(20, ignore_eos=True), "wedlm", {**options, "streaming": True})])[0][0]
+    assert any(max(again.seq.step_map[: i]) > min(again.seq.step_map[i:]) for i in range(5, 20, 5))
+
+
 def test_bad_input(net):
     eng = engine(net)
     with pytest.raises(PromptError, match="mask token 4 at position 1"):

@@ -41,12 +41,16 @@ class Options:
     position_penalty: float = option(
         0.02, "lambda, nats a token of distance from the first mask: holds back far slots", low=0.0,
     )
+    streaming: bool = option(
+        True, "refill the window in every forward; false = fill all of it first, block by block (for comparison)"
+    )
 
 
 @dataclass(slots=True)
 class _Window:
     """``pending`` final tokens without K/V; ``filled``: position -> token, all behind the first mask."""
 
+    stop: int  # end of the window where it is not refilled
     end: int  # nothing from here on is decided: max_tokens, or behind a filled end-of-text
     pending: int = 0
     filled: dict[int, int] = field(default_factory=dict)
@@ -83,7 +87,7 @@ class CausalDiffusion:
             raise PromptError(
                 f"the prompt holds the mask token {self._mask} at position {seq.tokens.index(self._mask)}: take it out"
             )
-        seq.state = _Window(seq.prompt_len + seq.params.max_tokens)
+        seq.state = _Window(seq.prompt_len, seq.prompt_len + seq.params.max_tokens)
 
     def prefill(self, seq: Sequence) -> int:
         return len(seq.tokens) - seq.state.pending
@@ -115,7 +119,9 @@ class CausalDiffusion:
         """Rows: pending tokens, filled slots, masks; each group by ascending position."""
         state, at = seq.state, len(seq.tokens)
         first = at - state.pending
-        slots = range(at, min(at + self._o.window, state.end))
+        if self._o.streaming or at >= state.stop:
+            state.stop = at + self._o.window
+        slots = range(at, min(state.stop, state.end))
         masks = [i for i in slots if i not in state.filled]
         filled = sorted(state.filled)
         known = len(filled) + state.pending

@@ -10,11 +10,12 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 
 from stretto.errors import OptionError
 from stretto.training.data import Document
 
-__all__ = ["PathLayout", "pick_paths", "sample_paths", "vote"]
+__all__ = ["PathLayout", "orders_of", "pick_paths", "sample_paths", "vote"]
 
 Judge = Callable[[str], bool]
 
@@ -74,6 +75,24 @@ def pick_paths(answers: Sequence[str], judge: Judge, keep: int, rng: random.Rand
         return None
     rng.shuffle(right)
     return right[:keep]
+
+
+def orders_of(numbers: Sequence[int], sign: Sequence[int]) -> list[str]:
+    """Every order of adding ``numbers`` with their signs in which no partial sum is negative, one line a step."""
+    out = []
+    for order in permutations(range(len(numbers))):
+        if sign[order[0]] < 0:
+            continue
+        total, lines = numbers[order[0]], []
+        for i in order[1:]:
+            new = total + sign[i] * numbers[i]
+            lines.append(f"{total} {'+' if sign[i] > 0 else '-'} {numbers[i]} = {new}.")
+            total = new
+            if total < 0:
+                break
+        else:
+            out.append("\n".join(lines))
+    return list(dict.fromkeys(out))
 
 
 def vote(answers: Sequence[str | None]) -> str | None:
