@@ -129,7 +129,7 @@ def test_decoding_shares_only_the_block(net, backend):
     eng = engine(net, backend=backend)
     seen = []
     inner = eng.runner.forward
-    eng.runner.forward = lambda batch: seen.append(batch) or inner(batch)
+    eng.runner.forward = lambda batch, *more: seen.append(batch) or inner(batch, *more)
     (stream,) = run(eng, [(TEXT, greedy(20, ignore_eos=True), "diffusion", {"moe_sharing": "vote", "moe_budget": K})])[0]
     assert tokens(stream) != tokens(free)
     for batch in seen:
