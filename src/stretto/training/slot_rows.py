@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,12 +61,12 @@ def read(net: FrozenNet, batch: PackedBatch, taps: Sequence[int] = ()) -> Text:
 class SlotRows:
     """The rows of the slots of ``cuts`` int64 [b, c] (places; -1 = none) behind a text.
 
-    ``entries[i]``: layer behind which slot i + 1 enters (not falling). ``mask``: see ``group_mask``.
+    ``entries[i]``: layer behind which slot i + 1 enters (not falling). ``mask``: see ``group_mask``, or such a matrix.
     """
 
     def __init__(
         self, net: FrozenNet, text: Text, cuts: Tensor, entries: Sequence[int], *, members: int = 1,
-        mask: str = "ensemble",
+        mask: str | np.ndarray = "ensemble",
     ):
         self.net, self.text, self.cuts, self.entries = net, text, cuts, list(entries)
         batch, (self.b, self.c), self.m = text.batch, cuts.shape, members
@@ -77,20 +78,25 @@ class SlotRows:
         same = batch.docs[:, None, :] == batch.docs.gather(1, at)[:, :, None]
         seen = same & (places <= at[:, :, None]) & (cuts >= 0)[:, :, None]  # [b, c, t]
         seen = seen[:, None, :, None].expand(-1, len(entries), -1, members, -1).reshape(self.b, -1, len(places))
-        group = torch.from_numpy(group_mask(len(entries), members, mask))  # [k, m, k, m]
+        given = group_mask(len(entries), members, mask) if isinstance(mask, str) else mask
+        group = torch.from_numpy(given)  # [k, m, k, m]
         own = torch.eye(self.c, dtype=torch.bool)
         both = group[:, None, :, :, None, :] & own[None, :, None, None, :, None]
         size = len(entries) * self.c * members
         self._visible = torch.cat([seen, both.reshape(1, size, size).expand(self.b, -1, -1)], 2)
         self._rows = 0
 
-    def run(self, states: Sequence[Tensor]) -> Tensor:
-        """``states[i]`` [b, c, m, H] of slot i + 1 at its entry -> final-normed states [b, k, c, m, H]."""
+    def run(self, states: Sequence[Tensor], tapped: dict[int, Tensor] | None = None) -> Tensor:
+        """``states[i]`` [b, c, m, H] of slot i + 1 at its entry -> final-normed states [b, k, c, m, H].
+
+        ``tapped`` receives the states [b, rows so far, H] behind every layer from the first entry on."""
         model, x, step = self.net.model, None, self.c * self.m
         for layer in range(model.config.num_hidden_layers + 1):
             new = [s.reshape(self.b, step, -1) for s, at in zip(states, self.entries, strict=True) if at == layer]
             if new:
                 x = torch.cat(([] if x is None else [x]) + new, 1)
+            if x is not None and tapped is not None:
+                tapped[layer] = x
             if x is None or layer == model.config.num_hidden_layers:
                 continue
             self._rows = x.shape[1]
@@ -246,7 +252,10 @@ class HiddenTransfer:
         self.config: dict[str, Any] = {"entries": list(entries), "chain": chain}
         self.module = _Matrices(len(entries), net.model.config.hidden_size)
 
-    def states(self, batch: PackedBatch, cuts: Tensor, text: Text | None = None) -> Tensor:
+    def states(
+        self, batch: PackedBatch, cuts: Tensor, text: Text | None = None, *, mask: str | np.ndarray = "ensemble",
+        tapped: dict[int, Tensor] | None = None,
+    ) -> Tensor:
         """[b, k, c, 1, H]"""
         entries = self.config["entries"]
         text = text or read(self._net, batch, sorted(set(entries)))
@@ -258,7 +267,7 @@ class HiddenTransfer:
                 source = real.gather(1, at.expand(-1, -1, real.shape[2]))
             before = source @ w.T.to(source)
             starts.append(before[:, :, None])
-        return SlotRows(self._net, text, cuts, entries).run(starts)
+        return SlotRows(self._net, text, cuts, entries, mask=mask).run(starts, tapped)
 
     def __call__(self, net: Any, batch: PackedBatch, generator: torch.Generator) -> Loss:
         text = read(self._net, batch, sorted(set(self.config["entries"])))
