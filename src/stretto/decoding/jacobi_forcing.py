@@ -27,15 +27,16 @@ from stretto.engine.types import Commit, Outcome, Sequence, Step
 __all__ = ["JacobiForcing", "Options"]
 
 BLOCK, BRANCH = 0, 1  # keys of the planner's rates: tokens that a step's blocks give, that its branches give on top
+COLD = 2  # steps that guesses take to be worth anything; they count as the price of beginning
 PROBE_BRANCH = 16  # steps of one sequence to one whose branches are verified although they do not pay
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Jacobi decoding of several blocks (Jacobi Forcing, 2025); small defaults, for a forward of 8 to 16 rows."""
+    """Jacobi decoding of several blocks (Jacobi Forcing, 2025); small defaults, for a forward of about 8 rows."""
 
-    block_size: int = option(8, "n: tokens of a block, the known first one included", low=2, high=64)
-    num_blocks: int = option(2, "K: most blocks in flight", low=1, high=8)
+    block_size: int = option(4, "n: tokens of a block, the known first one included", low=2, high=64)
+    num_blocks: int = option(3, "K: most blocks in flight", low=1, high=8)
     spawn_ratio: float = option(
         0.25, "r: accepted share of the newest block from which the next one is spawned", low=0.01, high=1.0
     )
@@ -47,13 +48,15 @@ class Options:
 @dataclass(slots=True)
 class _State:
     """``guesses`` for the tokens behind the root; ``end``: position behind the newest block; ``ripe``: leading
-    tokens of the newest block that survived the last step; ``pool``: rejected texts, newest last."""
+    tokens of the newest block that survived the last step; ``warm``: steps since the guesses began; ``pool``: rejected
+    texts, newest last."""
 
     pace: Pace
     pool: deque[list[int]]
     guesses: list[int] = field(default_factory=list)
     end: int = 0
     ripe: int = 0
+    warm: int = 0
     steps: int = 0
 
 
@@ -76,7 +79,7 @@ class JacobiForcing:
     def __init__(self, host: Host, options: Options):
         self._host, self._o = host, options
         self._pad = host.config.pad_token_id or 0
-        self.planner = Planner(host, [0.5 * options.block_size, 0.1], probe=1, patience=3)
+        self.planner = Planner(host, [0.5 * options.block_size, 0.0], probe=1, patience=COLD + 3)
 
     def admit(self, seq: Sequence) -> None:
         require_causal(self._host, self.name)
@@ -89,8 +92,10 @@ class JacobiForcing:
         start = self.planner.begin()
         wanted = [self._window(seq) for seq in seqs]
         offers = [[s.state.pace.rates.rate[BLOCK]] if n else [] for s, n in zip(seqs, wanted, strict=True)]
+        prices = [self._price(s, n) for s, n in zip(seqs, wanted, strict=True)]
         counts = self.planner.allot(
-            seqs, [s.state.pace for s in seqs], offers, width=max(1, *wanted), tag=max(wanted)
+            seqs, [s.state.pace for s in seqs], offers, width=max(1, *wanted), entry=prices,
+            tag=(max(wanted), prices[0] > 0.0),
         )
         steps = [
             self._step(seq, n) if take else Step([seq.tokens[-1]])
@@ -112,6 +117,14 @@ class JacobiForcing:
 
     def preemptible(self, seq: Sequence) -> bool:
         return True
+
+    def _price(self, seq: Sequence, n: int) -> float:
+        """Seconds until the guesses are worth their rows."""
+        target, cold = self.planner.target, COLD - seq.state.warm
+        if target is None or cold <= 0 or not n:
+            return 0.0
+        table = target.table(len(seq.tokens), n + 1)
+        return cold * (table[n + 1] - table[1])
 
     def _window(self, seq: Sequence) -> int:
         """How many guesses are in flight now; opens and spawns blocks."""
@@ -176,14 +189,16 @@ class JacobiForcing:
     def _commit(self, seq: Sequence, step: Step, outcome: Outcome) -> Commit:
         state, layout = seq.state, step.extra
         if len(step) == 1:
-            state.guesses = []
+            state.guesses, state.warm = [], 0
             return accept_chain(seq, step.tokens, outcome)
         m = (len(step) if layout is None else layout.chain) - 1
         answers = answers_along(seq, step.tokens[: m + 1], outcome)
         hits = 0
         while hits < m and answers[hits] == step.tokens[hits + 1]:
             hits += 1
-        self.planner.learn(state.pace, BLOCK, hits)
+        if state.warm >= COLD:
+            self.planner.learn(state.pace, BLOCK, hits)
+        state.warm += 1
         self.planner.probed(state.pace, hits)
         old = state.guesses
         if m - hits > 1:
