@@ -87,7 +87,8 @@ def test_at_least_one_position_and_held_ones_last(columns, rule, name, bits):
     held = np.array([bits >> i & 1 for i in range(n)], bool)
     c = make(confidence, entropy, margin).held_back(held)
     s = score(name, c, np.linspace(0.9, 0.1, n))
-    got = picked(select(rule, c, s, list(range(n)), dial=unmask.DIALS.get(rule, 0.0), k=2))
+    dial = unmask.DIALS.get(rule, 0.0)
+    got = picked(select(rule, c, s, list(range(n)), dial=dial, k=2, final=np.linspace(-0.5, 0.5, n)))
     assert got
     if held.all():
         assert got == {0}

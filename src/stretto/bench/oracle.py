@@ -49,10 +49,11 @@ class OracleRunner:
         )
         self.alloc, self.vocabulary = SlotAllocator(slots), self.config.vocab_size
         self.backend, self.native = "oracle", None
+        self.max_rows, self.peak_rows, self.peak_logits = None, 0, 0
         self._held = np.full((slots, 2), -1, np.int64)  # position and token of each slot
         self._logits = lru_cache(maxsize=1 << 16)(self._conditional)
 
-    def forward(self, batch: FlatBatch) -> ForwardResult:
+    def forward(self, batch: FlatBatch, early: object = None) -> ForwardResult:
         self._held[batch.slots, 0], self._held[batch.slots, 1] = batch.positions, batch.tokens
         out, known = [], {}
         for row in batch.logit_rows.tolist():
@@ -64,7 +65,8 @@ class OracleRunner:
                 known[key] = self._logits(self._answer(np.concatenate([context, batch.slots[local]])))
             predicted = int(batch.positions[row]) - len(self.prompt) + (self.config.attention == "causal")
             out.append(known[key][min(max(predicted, 0), self.law.shape[1] - 1)])
-        return ForwardResult(torch.from_numpy(np.stack(out)) if out else torch.empty(0, self.vocabulary))
+        logits = np.stack(out) if out else np.empty((0, self.vocabulary), np.float32)
+        return ForwardResult(torch.from_numpy(logits), argmax=logits.argmax(-1))
 
     def curve(self, context: int = 128) -> LatencyCurve:
         """Rows are free."""

@@ -25,7 +25,7 @@ from stretto.zoo import workbook
 
 __all__ = [
     "FAMILIES", "GROUP", "Decoder", "Sample", "card_settings", "ideal", "parallel_items", "parse_decoders",
-    "pick_parallel", "samples", "sweep",
+    "pick_parallel", "print_sweep", "samples", "sweep", "sweep_model",
 ]
 
 GROUP = "parallelbench"  # all of them
@@ -199,7 +199,7 @@ def card_settings(length: int) -> list[Decoder]:
 
 
 def sweep(
-    llm: Any, decoders: Sequence[Decoder], tasks: Sequence[ParallelTask], *, n: int = 25, seed: int = 0,
+    llm: Any, decoders: Sequence[Decoder], tasks: Sequence[Any], *, n: int = 25, seed: int = 0,
     temperature: float = 0.0, batch: int = 16, items: Mapping[str, Sequence[Item]] | None = None,
     progress: Callable[[float, str], None] | None = None,
 ) -> dict[str, Any]:
@@ -291,3 +291,35 @@ def _adaptivity(
         ]
         out[d.label] = spearman(*zip(*pairs, strict=True)) if len(pairs) > 2 else None
     return out
+
+
+def sweep_model(
+    model: str, decoders: str, tasks: Sequence[str] = (), *, samples: int = 25, seed: int = 0,
+    progress: Callable[[float, str], None] | None = None,
+) -> dict[str, Any]:
+    """``sweep`` of a model by name: ``decoders`` as in ``parse_decoders``, or "card" for the paper's grid; ``tasks`` by
+    task or family name, of the workbook too (none: all of ParallelBench)."""
+    from stretto.bench.provenance import provenance
+    from stretto.bench.workload import load_items, pick_tasks
+    from stretto.llm import LLM
+
+    llm = LLM(model, max_num_seqs=16, plan=False)  # what counts here are forwards, not seconds
+    block = llm.config.block_size if llm.config.attention == "block" else 32
+    chosen = card_settings(block) if decoders == "card" else parse_decoders(decoders, block)
+    wanted = pick_tasks(list(tasks) or GROUP)
+    items = {t.name: load_items([t], samples, seed, None, llm.tokenizer) for t in wanted}
+    result = sweep(llm, chosen, wanted, n=samples, seed=seed, items=items, progress=progress)
+    facts = {"samples": samples, "seed": seed, "decoders": decoders}
+    return {"model": model, **result, "provenance": provenance(llm, **facts)}
+
+
+def print_sweep(result: Mapping[str, Any]) -> None:
+    """The sweep in the terminal: one line a decoder and task, then how far one may go on each task."""
+    for p in result["points"]:
+        print(
+            f"{p['task']:22} {p['decoder']:18} {p['score']:7.1%} ± {2 * p['stderr']:.1%}  "
+            f"{p['tokens_per_forward']:6.2f} tokens a forward"
+        )
+    for task, s in result["tasks"].items():
+        most = s["budget_80"]
+        print(f"{task}: " + (f"80 % up to {most:.2f} tokens a forward" if most else "80 % nowhere"))

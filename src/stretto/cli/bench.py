@@ -44,6 +44,13 @@ def bench(
     peers: Annotated[
         bool, typer.Option("--peers", help="Also transformers and llama.cpp, where installed.")
     ] = False,
+    sweep: Annotated[
+        str | None,
+        typer.Option(
+            "--sweep", metavar="DECODERS",
+            help="Score over tokens per forward: 'threshold:0.5,0.9;static:1,4;freedave:8;ar', or 'card'.",
+        ),
+    ] = None,
     fast: Annotated[
         bool, typer.Option("--fast", help="Not deterministic: 'equal' is then a share.")
     ] = False,
@@ -81,6 +88,9 @@ def bench(
         return
     if not as_json:
         typer.echo(f"stretto bench {model}: loading", err=True)
+    if sweep is not None:
+        _sweep(model, sweep, tasks, samples, html, seed, quick, as_json)
+        return
     from stretto.bench.runner import bench as measure
 
     with progress(as_json) as report:
@@ -147,6 +157,26 @@ def _limits(pairs: list[str] | None) -> dict[str, float]:
         except ValueError:
             raise OptionError("--limit", f"{key}={value}", "milliseconds") from None
     return out
+
+
+def _sweep(
+    model: str, decoders: str, tasks: str, samples: int | None, html: Path | None, seed: int, quick: bool, as_json: bool
+) -> None:
+    from stretto.bench.parallelbench import print_sweep, sweep_model
+
+    with progress(as_json) as report:
+        result = sweep_model(
+            model, decoders, split_names(tasks), samples=samples or (4 if quick else 25), seed=seed, progress=report
+        )
+    if html is not None:
+        from stretto.bench.parallel_plot import sweep_page
+        from stretto.bench.provenance import write_atomically
+
+        write_atomically(html, sweep_page(result))
+    if as_json:
+        emit(result)
+    else:
+        print_sweep(result)
 
 
 def _options(pairs: list[str] | None) -> dict[str, dict[str, Any]]:

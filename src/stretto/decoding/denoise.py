@@ -9,8 +9,9 @@ vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -18,7 +19,16 @@ import torch
 from torch import Tensor
 
 from stretto.decoding.canvas import BlockCanvas, Canvas, FullCanvas
-from stretto.decoding.unmask import DIALS, Candidates, candidates, quota, score, select
+from stretto.decoding.filter import Filter
+from stretto.decoding.unmask import (
+    DIALS,
+    Candidates,
+    candidates,
+    quota,
+    score,
+    select,
+    take_best,
+)
 from stretto.engine.host import Host
 from stretto.engine.sampling import noise
 from stretto.engine.types import Outcome, Sequence
@@ -44,7 +54,10 @@ class State:
 
 @dataclass(frozen=True, kw_only=True)
 class Denoiser:
-    """The rule of one step. ``dial`` None: the rule's own default. ``stops``: ids that end a text."""
+    """The rule of one step. ``dial`` None: the rule's own default. ``stops``: ids that end a text.
+    ``least``, ``most``: bounds of what one step takes (cad). ``filter``: of rule "filter".
+    ``reference``: the text of rule "oracle". ``after_end``: what becomes of positions behind a final
+    end-of-text. ``observe`` sees every state, its candidates and what was chosen."""
 
     mask: int
     stops: Seq[int]
@@ -55,6 +68,12 @@ class Denoiser:
     low: float = 0.6
     eos_policy: str = "none"
     eos_progress: float = 0.3
+    least: int = 1
+    most: int | None = None
+    filter: Filter | None = None
+    reference: Seq[int] = ()
+    after_end: str = "stop"
+    observe: Callable[[State, Candidates, np.ndarray], None] | None = None
 
     def judge(
         self, states: Seq[State], laws: Tensor, best: np.ndarray
@@ -81,21 +100,29 @@ class Denoiser:
             share = done / seq.params.max_tokens
             if self.eos_policy == "confidence_zero" or share < self.eos_progress:
                 c = c.held_back(is_stop)
-        chosen = self._choose(state, c)
+        if self.unmask == "oracle":
+            c, chosen = self._known(state, c)
+        else:
+            chosen = self._choose(state, c)
+        if self.observe is not None:
+            self.observe(state, c, chosen)
         for i in np.flatnonzero(chosen).tolist():
             token = int(c.tokens[i])
-            canvas.decide(
-                positions[i], token, seq.metrics.forwards, ends=self._ends(seq, positions[i], token)
-            )
+            self.put(seq, canvas, positions[i], token)
             if law is not None:
                 canvas.logprobs[positions[i]] = top_logprobs(law[i], token, seq.params.logprobs or 0)
         canvas.turn, canvas.step = canvas.turn + 1, canvas.step + 1
         return chosen
 
     def put(self, seq: Sequence, canvas: Canvas, position: int, token: int) -> None:
-        """Write one token onto a canvas as a step would: a guess."""
-        ends = self._ends(seq, position, token)
-        canvas.decide(position, token, seq.metrics.forwards, ends=ends)
+        """Write one token onto a canvas, and what follows where it ends the text."""
+        forward = seq.metrics.forwards
+        ends = token in self.stops and not seq.params.ignore_eos and position >= seq.prompt_len
+        canvas.decide(position, token, forward, ends=ends and self.after_end != "none")
+        if ends and self.after_end == "fill":
+            for i in range(position + 1, len(canvas.ids)):
+                if canvas.ids[i] == self.mask:
+                    canvas.ids[i] = token
 
     def order(self, state: State, c: Candidates) -> np.ndarray:
         """float64 [n]: the scores by which this step orders the positions."""
@@ -106,14 +133,29 @@ class Denoiser:
 
     def _choose(self, state: State, c: Candidates) -> np.ndarray:
         canvas = state.canvas
+        final, dial = None, DIALS.get(self.unmask, 0.0) if self.dial is None else self.dial
+        if self.filter is not None:
+            final = self.filter.final(c, state.positions, canvas.start)
+            dial = self.filter.threshold if self.dial is None else self.dial
         return select(
-            self.unmask, c, self.order(state, c), state.positions,
-            dial=DIALS.get(self.unmask, 0.0) if self.dial is None else self.dial,
-            k=quota(canvas.count, self.steps, canvas.turn), low=self.low,
+            self.unmask, c, self.order(state, c), state.positions, dial=dial,
+            k=quota(canvas.count, self.steps, canvas.turn), low=self.low, least=self.least,
+            most=self.most, final=final,
         )
 
-    def _ends(self, seq: Sequence, position: int, token: int) -> bool:
-        return token in self.stops and not seq.params.ignore_eos and position >= seq.prompt_len
+    def _known(self, state: State, c: Candidates) -> tuple[Candidates, np.ndarray]:
+        """Extremely greedy parallel decoding: all candidates that equal the reference; where none
+        does, the most confident position gets the reference's token."""
+        at = np.asarray(state.positions) - state.seq.prompt_len
+        text = np.asarray(self.reference, np.int64)
+        known = at < len(text)
+        right = np.full(len(at), self.stops[0] if self.stops else 0, np.int64)
+        right[known] = text[at[known]]
+        chosen = c.tokens == right
+        if chosen.any():
+            return c, chosen
+        chosen = take_best(c.confidence, 1)
+        return replace(c, tokens=np.where(chosen, right, c.tokens)), chosen
 
     def _process(self, states: Seq[State], laws: Tensor, spans: Seq[slice]) -> None:
         """End-of-text policy, penalties, bias, minimum length, credit: on all ``laws``, in
@@ -139,6 +181,9 @@ class Denoiser:
         wants = {
             "margin": self.score == "margin",
             "entropy": self.score == "neg_entropy" or self.unmask in ("entropy", "eb"),
+        }
+        wants = {
+            k: v or (self.filter is not None and k in self.filter.inputs) for k, v in wants.items()
         }
         out: dict[int, Candidates] = {}
         for key, members in groups.items():

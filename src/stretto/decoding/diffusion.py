@@ -21,6 +21,7 @@ from stretto.decoding.denoise import (
     mask_of,
     open_rows,
 )
+from stretto.decoding.filter import KIND, Filter
 from stretto.decoding.options import option
 from stretto.decoding.unmask import Credit
 from stretto.engine.host import Host
@@ -38,11 +39,15 @@ class Options:
 
     unmask: str = option(
         "threshold", "rule that picks the positions a forward decides",
-        choices=("threshold", "fixed", "factor", "entropy", "eb", "dynamic", "hierarchy"),
+        choices=(
+            "threshold", "fixed", "factor", "entropy", "eb", "dynamic", "hierarchy", "cad", "filter",
+            "oracle",
+        ),
     )
     threshold: float | None = option(
         None, "dial of the rule: tau (threshold, dynamic, hierarchy: 0.9; above 1 = one token a "
-        "forward), f (factor: 1), nats (entropy: 0.45), gamma (eb: 0.1)", low=0.0,
+        "forward), f (factor: 1), nats (entropy: 0.45), gamma (eb: 0.1), tau of cad (0.95), the "
+        "probability of a filter (none = its own)", low=0.0,
     )
     score: str = option(
         "confidence", "which position comes first",
@@ -72,10 +77,17 @@ class Options:
     credit: float = option(
         0.0, "alpha of the credit for tokens that led before (dInfer: 0.7); 0 = off", low=0.0,
     )
+    least: int = option(1, "cad: k_min, tokens a forward decides at least", low=1)
+    most: int | None = option(32, "cad: k_max, tokens a forward decides at most", low=1)
+    filter: str = option("auto", "filter: the adapter of kind learn2pd (auto, zoo:NAME, a folder)")
+    reference: str | None = option(
+        None, "oracle: token ids of the text to reproduce, separated by commas; everything that is "
+        "predicted right is decided: an upper bound for measurements",
+    )
     eos_policy: str = option(
-        "none", "end-of-text: suppress = never; confidence_zero = only when nothing else is left; "
-        "min_progress = not before eos_progress",
-        choices=("none", "suppress", "confidence_zero", "min_progress"),
+        "auto", "end-of-text: suppress = never; confidence_zero = only when nothing else is left; "
+        "min_progress = not before eos_progress; auto = min_progress with cad, else none",
+        choices=("auto", "none", "suppress", "confidence_zero", "min_progress"),
     )
     eos_progress: float = option(
         0.3, "share of max_tokens to be decided before an end-of-text (min_progress)",
@@ -93,6 +105,11 @@ class Options:
     moe_scope: str = option(
         "sequence", "who shares: the rows of one block, or of all sequences of a forward (a result "
         "then depends on its batch mates)", choices=("sequence", "batch"),
+    )
+    after_end: str = option(
+        "stop", "behind a final end-of-text: stop = nothing is decided (exact); fill = the canvas is "
+        "filled with it (Learn2PD as published); none = decoded too, as public code does",
+        choices=("stop", "fill", "none"),
     )
     infill: bool = option(False, "fill mask tokens inside the prompt too (full attention)")
 
@@ -112,10 +129,14 @@ class Diffusion:
         self._sharing = sharing_rule(
             options.moe_sharing, config.moe, options.moe_budget, options.moe_scope
         )
-        self._denoiser = Denoiser(
+        policy = "min_progress" if options.unmask == "cad" else "none"
+        self.denoiser = Denoiser(
             mask=self._mask, stops=host.stop_ids, unmask=options.unmask, dial=options.threshold,
             score=options.score, steps=options.steps, low=options.low,
-            eos_policy=options.eos_policy, eos_progress=options.eos_progress,
+            eos_policy=policy if options.eos_policy == "auto" else options.eos_policy,
+            eos_progress=options.eos_progress, least=options.least, most=options.most,
+            filter=open_filter(host, options), reference=parse_ids(options.reference),
+            after_end=options.after_end,
         )
         self._rows = open_rows(
             config, self._mask, block_length=options.block_length, cache=options.cache,
@@ -152,9 +173,9 @@ class Diffusion:
             State(seq, seq.state, step.extra.positions)
             for seq, step in zip(seqs, steps, strict=True)
         ]
-        found, raw = self._denoiser.judge(states, *gather(outcomes))
+        found, raw = self.denoiser.judge(states, *gather(outcomes))
         for state, c, law in zip(states, found, raw, strict=True):
-            self._denoiser.decide(state, c, law)
+            self.denoiser.decide(state, c, law)
         return [self._commit(seq, step) for seq, step in zip(seqs, steps, strict=True)]
 
     def release(self, seq: Sequence) -> None:
@@ -172,6 +193,9 @@ class Diffusion:
         if canvas.start >= seq.prompt_len and self._options.infill:
             seq.tokens[: seq.prompt_len] = canvas.ids[: seq.prompt_len]
         final = final_tokens(canvas, len(seq.tokens))
+        if self._options.after_end == "none" and canvas.masked():
+            stop = (i for i, at in enumerate(final) if canvas.ids[at] in self._host.stop_ids)
+            final = final[: next(stop, len(final))]  # the text ends when all of it is decoded
         commit = Commit(
             [canvas.ids[i] for i in final], step_map=[canvas.decided[i] for i in final],
             **self._rows.kept(seq, canvas, step.extra),
@@ -199,8 +223,14 @@ def check(o: Options, attention: str, block: int) -> None:
             refuse("infill", "false: a block-causal model does not see what comes later")
     if o.steps is not None and o.unmask not in ("fixed", "dynamic"):
         refuse("steps", f"none with unmask={o.unmask}: only fixed and dynamic have steps")
-    if o.threshold is not None and o.unmask == "fixed":
-        refuse("threshold", "none with unmask=fixed: set steps")
+    if o.threshold is not None and o.unmask in ("fixed", "oracle"):
+        refuse("threshold", f"none with unmask={o.unmask}")
+    if (o.reference is None) == (o.unmask == "oracle"):
+        refuse("reference", "token ids with unmask=oracle, none without")
+    if o.filter != "auto" and o.unmask != "filter":
+        refuse("filter", "auto unless unmask=filter")
+    if o.most is not None and o.most < o.least:
+        refuse("most", f"at least least={o.least}")
     if o.refresh and (attention != "full" or o.cache == "none"):
         refuse("refresh", "0 without the prefix or dual cache")
     if o.vicinity and o.cache != "dual":
@@ -214,3 +244,24 @@ def block_rows(step: Step, start: int, stop: int) -> list[list[int]]:
     rows = [i for i, at in enumerate(positions) if start <= at < stop]
     breaks = [k for k in range(1, len(rows)) if positions[rows[k]] <= positions[rows[k - 1]]]
     return [rows[a:b] for a, b in pairwise([0, *breaks, len(rows)])]
+
+
+def open_filter(host: Host, o: Options) -> Filter | None:
+    """The trained filter of rule "filter". Its block must be the window's."""
+    if o.unmask != "filter":
+        return None
+    found = Filter(host.open_adapter(KIND, o.filter))
+    own = host.config.block_size if host.config.attention == "block" else 32
+    if found.block != (o.block_length or own):
+        raise OptionError(
+            "diffusion.filter", o.filter,
+            f"a filter for blocks of {o.block_length or own}; this one was trained for {found.block}"
+        )
+    return found
+
+
+def parse_ids(text: str | None) -> list[int]:
+    try:
+        return [int(t) for t in text.split(",")] if text else []
+    except ValueError:
+        raise OptionError("diffusion.reference", text, "ids separated by commas") from None

@@ -25,7 +25,7 @@ from stretto.decoding.ar import require_causal
 from stretto.decoding.costs import INHERITED, Rates, allot
 from stretto.decoding.drafting import DraftCache, DraftModel, Growth
 from stretto.decoding.options import option
-from stretto.decoding.planner import Pace, Planner, rested, room
+from stretto.decoding.planner import Pace, Planner, room
 from stretto.decoding.tree import Shape, best_first, chain
 from stretto.decoding.verify import (
     DRAFT,
@@ -39,7 +39,6 @@ from stretto.engine.host import Host
 from stretto.engine.sampling import noise
 from stretto.engine.types import Commit, Outcome, Sequence, Step
 from stretto.errors import OptionError
-from stretto.models.batch import Doubt
 
 __all__ = ["Draft", "Options"]
 
@@ -113,8 +112,6 @@ class Draft:
         return len(seq.tokens) - 1
 
     def propose(self, seqs: list[Sequence]) -> list[Step]:
-        if (resting := self.planner.rest(seqs, [s.state.pace for s in seqs])) is not None:
-            return resting
         start, drafting = self.planner.begin(), 0.0
         for seq in seqs:
             seq.state.growth = None
@@ -136,8 +133,6 @@ class Draft:
     def commit(
         self, seqs: list[Sequence], steps: list[Step], outcomes: list[Outcome]
     ) -> list[Commit]:
-        if (commits := rested(seqs, steps, outcomes)) is not None:
-            return commits
         start = time.perf_counter()
         commits = [self._commit(*item) for item in zip(seqs, steps, outcomes, strict=True)]
         self.planner.end(start, len(seqs), sum(c.drafted for c in commits))
@@ -251,9 +246,6 @@ class Draft:
                 table = model.costs.table(len(wanted[0][0].tokens), len(wanted))
                 model.expected += table[len(wanted)] * max(n for _, _, n in wanted)
             level = []
-        elif single and fits == 1 and wanted[0][0].sampler.plain:
-            level = []
-            model.chain(wanted[0][0].state.growth, wanted[0][0].state.cache, self._doubt())
         while level:
             rows = [model.rows(g, node, g.seq.state.cache, single) for g, node in level]
             logits = model.forward(rows)
@@ -274,11 +266,6 @@ class Draft:
         if model.expected:
             model.costs.observe(seconds, model.expected)
         return seconds
-
-    def _doubt(self) -> Doubt | None:
-        """``_doubtful`` for a lone greedy chain, which grows without coming back here."""
-        least = self.planner.level + self.planner.row
-        return Doubt(SURE, self._trust.rate, 1.0, least) if self.planner.active else None
 
     def _doubtful(self, growth: Growth, sure: float, least: float) -> bool:
         """Whether the draft is too unsure of its last token for another level. The token itself stays: to drop

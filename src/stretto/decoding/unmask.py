@@ -22,9 +22,10 @@ __all__ = [
 ]
 
 SCORES = ("confidence", "margin", "neg_entropy", "random", "position")
-RULES = ("threshold", "fixed", "factor", "entropy", "eb", "dynamic", "hierarchy")
+RULES = ("threshold", "fixed", "factor", "entropy", "eb", "dynamic", "hierarchy", "cad", "filter")
 DIALS = {
     "threshold": 0.9, "dynamic": 0.9, "hierarchy": 0.9, "factor": 1.0, "entropy": 0.45, "eb": 0.1,
+    "cad": 0.95,
 }
 CHUNK = 1 << 22  # elements of a law held at a time
 
@@ -169,6 +170,14 @@ def take_dynamic(confidence: np.ndarray, score: np.ndarray, tau: float, k: int) 
     return above if above.sum() >= k else take_best(score, k)
 
 
+def take_clamped(
+    confidence: np.ndarray, score: np.ndarray, tau: float, least: int, most: int | None
+) -> np.ndarray:
+    """The best k, k = how many reach tau, at least ``least`` and at most ``most`` (CD4LM's CAD)."""
+    reach = int((confidence >= tau).sum())
+    return take_best(score, max(least, min(reach, most or len(score))))
+
+
 def take_runs(confidence: np.ndarray, positions: Seq[int], low: float, tau: float) -> np.ndarray:
     """The best of each run of masked neighbours if it reaches ``low``, and all from tau on
     (dInfer)."""
@@ -190,12 +199,14 @@ def _leading(order: np.ndarray, good: np.ndarray) -> np.ndarray:
 
 def select(
     rule: str, c: Candidates, score: np.ndarray, positions: Seq[int], *,
-    dial: float, k: int, low: float = 0.6,
+    dial: float, k: int, low: float = 0.6, least: int = 1, most: int | None = None,
+    final: np.ndarray | None = None,
 ) -> np.ndarray:
     """bool [n]: the positions that become final.
 
-    ``dial``: tau, f, nats or gamma, as the rule has it; ``k``: the quota of this step. Positions of
-    score -inf are taken only when there are no others, and then one at a time.
+    ``dial``: tau, f, nats or gamma, as the rule has it; ``k``: the quota of this step; ``least`` and
+    ``most``: the bounds of cad; ``final`` [n]: what a filter says. Positions of score -inf are taken
+    only when there are no others, and then ``least`` at a time.
     """
     if rule == "threshold":
         out = c.confidence >= dial
@@ -209,10 +220,15 @@ def select(
         out = take_bounded(c.entropy, dial)
     elif rule == "dynamic":
         out = take_dynamic(c.confidence, score, dial, k)
+    elif rule == "cad":
+        out = take_clamped(c.confidence, score, dial, least, most)
+    elif rule == "filter":
+        assert final is not None
+        out = final > dial
     else:
         out = take_runs(c.confidence, positions, low, dial)
     out &= ~np.isneginf(score)
-    return out if out.any() else take_best(score, 1)
+    return out if out.any() else take_best(score, least)
 
 
 class Credit:

@@ -23,11 +23,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stretto.errors import CheckpointError, OptionError, UnsupportedError, WeightsError
+from stretto.models.adapter import fingerprint
 from stretto.models.config import ModelConfig
+from stretto.models.lora import load_lora, noted_fingerprint
 from stretto.models.names import Piece, ignorable, pieces
 from stretto.models.store import DTYPES, INDEX, WEIGHTS, Store, listed, read_json
 from stretto.models.transformer import Transformer
-from stretto.zoo.models import resolve
+from stretto.zoo.models import base_folder, resolve
 
 __all__ = ["Source", "auto_dtype", "load", "load_config", "save"]
 
@@ -73,7 +75,7 @@ def load_config(path: str | os.PathLike) -> ModelConfig:
     """The config of the checkpoint in directory ``path``; its stop ids include those of
     generation_config.json.
     """
-    path = resolve(path)
+    path = base_folder(resolve(path))
     config = ModelConfig.from_hf(read_json(path / CONFIG))
     stops = list(config.eos_token_ids)
     if (path / GENERATION).exists():
@@ -95,6 +97,8 @@ def load(
     covered, and WeightsError with every missing, unexpected, misshapen or NaN tensor.
     """
     path = resolve(path)
+    if (base := base_folder(path)) != path:
+        return _with_adapter(base, path, dtype, device)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = _dtype(dtype, device)
@@ -144,6 +148,21 @@ def save(
 
 
 # --- reading
+
+
+def _with_adapter(base: Path, adapter: Path, dtype: Any, device: Any) -> Transformer:
+    """The model in ``base`` with a LoRA adapter added to its weights. UnsupportedError for an
+    adapter that notes another base."""
+    model = load(base, dtype=dtype, device=device)
+    noted, here = noted_fingerprint(adapter), fingerprint(model)
+    if noted is not None and noted != here:
+        raise UnsupportedError(
+            f"the adapter {adapter} was trained on another model than {base} (hash {noted}, here "
+            f"{here}): train it again on this one, or restore the base it belongs to"
+        )
+    load_lora(model, adapter)
+    model.source = None
+    return model
 
 
 def _plan(name: str, param: Tensor, store: Store, config: ModelConfig) -> list[Piece]:

@@ -25,7 +25,9 @@ from stretto.errors import ArchitectureError, CheckpointError, UnsupportedError,
 from stretto.models.names import pieces
 from stretto.models.transformer import Transformer
 
-__all__ = ["LoRALinear", "add_lora", "load_lora", "merge_lora", "save_lora"]
+__all__ = [
+    "LoRALinear", "add_lora", "load_lora", "merge_lora", "noted_fingerprint", "save_lora",
+]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -133,9 +135,17 @@ def merge_lora(model: Transformer) -> Transformer:
     return model
 
 
-def save_lora(model: Transformer, path: str | os.PathLike, *, base: str = "") -> None:
+def save_lora(
+    model: Transformer,
+    path: str | os.PathLike,
+    *,
+    base: str = "",
+    fingerprint: str = "",
+    dtype: torch.dtype | None = None,
+) -> None:
     """Write the parallel paths as a PEFT adapter. ``base``: what to note as the base model's name
-    or path.
+    or path; ``fingerprint``: of the base without the paths, checked when the adapter is loaded as a
+    model; ``dtype`` None keeps the paths' own.
     """
     found = {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
     if not found:
@@ -146,8 +156,8 @@ def save_lora(model: Transformer, path: str | os.PathLike, *, base: str = "") ->
     tensors, ranks, alphas = {}, {}, {}
     for name, m in found.items():
         module = disk[f"{name}.weight"]
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = m.lora_A.weight.detach().cpu().contiguous()
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = m.lora_B.weight.detach().cpu().contiguous()
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = _out(m.lora_A.weight, dtype)
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = _out(m.lora_B.weight, dtype)
         ranks[module], alphas[module] = m.rank, m.scale * m.rank
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     config = {
@@ -162,10 +172,21 @@ def save_lora(model: Transformer, path: str | os.PathLike, *, base: str = "") ->
         "rank_pattern": {n: r for n, r in ranks.items() if r != rank},
         "alpha_pattern": {n: a for n, a in alphas.items() if a != alpha},
     }
+    if fingerprint:
+        config["base_fingerprint"] = fingerprint
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
     (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def noted_fingerprint(path: Path) -> str | None:
+    """The fingerprint of the base that the adapter in ``path`` was trained on, where it was noted."""
+    return _config(path).get("base_fingerprint")
+
+
+def _out(weight: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return weight.detach().cpu().to(dtype or weight.dtype).contiguous()
 
 
 def _config(path: Path) -> Mapping[str, Any]:

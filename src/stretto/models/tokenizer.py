@@ -26,6 +26,7 @@ from stretto.errors import (
     UnsupportedError,
     WeightsError,
 )
+from stretto.zoo.models import base_folder
 
 if TYPE_CHECKING:
     from stretto.models.config import ModelConfig
@@ -43,7 +44,7 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
+        self.path = base_folder(Path(path))
         file = self.path / "tokenizer.json"
         if not file.is_file():
             raise CheckpointError(

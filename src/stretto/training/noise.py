@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["EPSILON", "Law", "hide", "stratified"]
+__all__ = ["EPSILON", "Law", "hide", "ranks", "stratified"]
 
 EPSILON = 1e-3  # smallest masking probability, so that 1/p stays finite (LLaDA)
 Law = Literal["bernoulli", "count"]
@@ -37,8 +37,22 @@ def hide(group_m: Tensor, generator: torch.Generator, law: Law = "bernoulli") ->
         p_m = ((1 - EPSILON) * level_g + EPSILON)[inverse_m]
         return u_m < p_m, (1 / p_m).float()
     amount_g = (level_g * counts_g).long().add(1).minimum(counts_g)
+    rank_m = _rank(inverse_m, counts_g, u_m)
+    return rank_m < amount_g[inverse_m], (counts_g / amount_g)[inverse_m].float()
+
+
+def ranks(group_m: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """``(rank, group, count)``: int64 [m] the place's number in a random permutation of its group, int64 [m] the group
+    as 0..g-1, int64 [g] how many places each has. Places of rank < c form a random set of c places: sets nest."""
+    _, inverse_m, counts_g = torch.unique(group_m, return_inverse=True, return_counts=True)
+    u_m = torch.rand(len(group_m), generator=generator, dtype=torch.float64)
+    return _rank(inverse_m, counts_g, u_m), inverse_m, counts_g
+
+
+def _rank(inverse_m: Tensor, counts_g: Tensor, u_m: Tensor) -> Tensor:
+    """int64 [m]: how many places of the same group have a smaller ``u``."""
     order_m = torch.argsort(inverse_m + u_m)
     start_g = counts_g.cumsum(0) - counts_g
     rank_m = torch.empty_like(order_m)
     rank_m[order_m] = torch.arange(len(order_m)) - start_g[inverse_m[order_m]]
-    return rank_m < amount_g[inverse_m], (counts_g / amount_g)[inverse_m].float()
+    return rank_m

@@ -161,7 +161,7 @@ def run_part(
 
 
 class Answers:
-    """The base's own greedy answers, by the engine."""
+    """The base's own greedy answers, by the engine: plain decoding, of a diffusion model one token a forward."""
 
     def __init__(self, base: Transformer, slots: int = 32768):
         import copy
@@ -170,7 +170,8 @@ class Answers:
         self._stop = special_ids()["<|im_end|>"]
         host = Host(runner, (self._stop,), base.config.max_position_embeddings, _no_second_model)
         self._engine = Engine(runner, host, make_decoder=_no_text, max_seqs=64, prefix_caching=False)
-        self._method = make("ar", host, {})
+        causal = base.config.attention == "causal"
+        self._method = make("ar", host, {}) if causal else make("diffusion", host, {"unmask": "fixed"})
 
     def __call__(self, prompts: Sequence[list[int]], limits: Sequence[int]) -> list[list[int]]:
         """For each prompt at most ``limits[i]`` tokens, the end of the turn included."""

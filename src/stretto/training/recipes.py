@@ -18,7 +18,7 @@ from stretto.errors import UnknownNameError
 if TYPE_CHECKING:
     from stretto.training.trainer import Record
 
-__all__ = ["RECIPES", "PartRecipe", "Recipe", "find_recipe", "run_recipe"]
+__all__ = ["RECIPES", "DistillRecipe", "FilterRecipe", "PartRecipe", "Recipe", "find_recipe", "run_recipe"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +99,60 @@ class PartRecipe:
         return self.name.removeprefix("zoo-")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistillRecipe:
+    """How a diffusion model's LoRA adapter is distilled from its own right answers (``training/self_distill.py``).
+    ``options``: of the objective (``training/distill.py``)."""
+
+    name: str
+    purpose: str
+    objective: Literal["certainty", "dscd", "sft"]
+    base: str = "zoo:tiny-blocks"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    rank: int = 8
+    alpha: float = 16.0
+    minutes: float = 5.0
+    rows: int = 8  # rows of a batch
+    length: int = 160  # tokens of a row
+    lr: float = 6e-3
+    weight_decay: float = 0.01
+    warmup: int = 5  # steps
+    decay: float = 0.5  # last share of the budget, over which the rate falls to zero
+    average: float = 0.9  # decay of the averaged weights, which ship
+    seed: int = 0
+    weights: Mapping[str, float] = field(default_factory=dict)  # task -> share of the mix; all alike
+
+    @property
+    def model(self) -> str:
+        """The name of the adapter in the zoo."""
+        return self.name.removeprefix("zoo-")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FilterRecipe:
+    """How the filter of Learn2PD is made for a diffusion model (``training/learn2pd.py``). ``budget``: share of
+    accepted predictions that may change later, on ``held_out`` prompts."""
+
+    name: str
+    purpose: str
+    base: str
+    inputs: tuple[str, ...] = ("confidence",)
+    hidden: int = 32
+    prompts: int = 160
+    held_out: int = 64
+    epochs: int = 1200
+    lr: float = 3e-3
+    budget: float = 0.01
+    minutes: float = 1.0  # what it takes; the work is fixed
+    seed: int = 0
+    weights: Mapping[str, float] = field(default_factory=dict)  # task -> share of the mix; all alike
+
+    @property
+    def model(self) -> str:
+        """The name of the part in the zoo."""
+        return self.name.removeprefix("zoo-")
+
+
 _MIX = {  # the tasks that are learnt late get a larger share
     "list_copy": 1.5, "list_reverse": 1, "list_sort": 1.5, "list_double": 1, "list_pairs": 0.6,
     "math_gains": 3, "math_price": 1.2, "math_boxes": 1.2, "json_call": 1, "json_batch": 0.4,
@@ -112,7 +166,8 @@ _LATE = {  # what a distilled model forgets first
     "table_where": 1.6,
 }
 
-_ALL: tuple[Recipe | PartRecipe, ...] = (
+AnyRecipe = Recipe | PartRecipe | DistillRecipe | FilterRecipe
+_ALL: tuple[AnyRecipe, ...] = (
     Recipe(name="zoo-tiny", purpose="autoregressive, the target of every lossless method"),
     Recipe(
         name="zoo-tiny-draft", purpose="a small autoregressive draft for zoo:tiny",
@@ -164,11 +219,30 @@ _ALL: tuple[Recipe | PartRecipe, ...] = (
         name="zoo-tiny-hidden-transfer", purpose="transfer matrices for zoo:tiny", kind="hidden_transfer",
         options={"entries": [2, 2, 2, 2]}, rows=6, lr=2e-2, weight_decay=0.0, warmup=10, average=0.97,
     ),
+    DistillRecipe(
+        name="zoo-tiny-dparallel", purpose="certain about many tokens at once (dParallel), from zoo:tiny-blocks",
+        objective="certainty",
+    ),
+    DistillRecipe(
+        name="zoo-tiny-cd4lm", purpose="safe on long jumps (CD4LM), from zoo:tiny-blocks", objective="dscd",
+        options={"student": (0.5, 1.2)},
+    ),
+    DistillRecipe(
+        name="zoo-tiny-own-sft", purpose="plain fine-tuning on own answers, the control of both", objective="sft",
+    ),
+    FilterRecipe(
+        name="zoo-tiny-blocks-filter", purpose="which predictions are final (Learn2PD), for zoo:tiny-blocks",
+        base="zoo:tiny-blocks",
+    ),
+    FilterRecipe(
+        name="zoo-tiny-diffusion-filter", purpose="which predictions are final (Learn2PD), for zoo:tiny-diffusion",
+        base="zoo:tiny-diffusion",
+    ),
 )
-RECIPES: dict[str, Recipe | PartRecipe] = {r.name: r for r in _ALL}
+RECIPES: dict[str, AnyRecipe] = {r.name: r for r in _ALL}
 
 
-def find_recipe(name: str) -> Recipe | PartRecipe:
+def find_recipe(name: str) -> AnyRecipe:
     """The recipe ``name``; its ``zoo-`` may be left out."""
     full = name if name.startswith("zoo-") else f"zoo-{name}"
     if full not in RECIPES:
@@ -189,15 +263,20 @@ def run_recipe(
     ``report`` sees the record after every step; None draws a progress bar. Returns the record that is written to
     ``training.json``.
     """
+    from stretto.training.learn2pd import run_filter
     from stretto.training.parts import run_part
     from stretto.training.run import run
+    from stretto.training.self_distill import run_distill
 
     recipe = replace(find_recipe(name), **dict(changes or {}))
     recipe = replace(recipe, seed=recipe.seed if seed is None else seed, base=str(base) if base else recipe.base)
     if minutes is None and steps is None:
         minutes = recipe.minutes
-    make: Callable[..., dict[str, Any]] = run_part if isinstance(recipe, PartRecipe) else run
-    return make(
+    makers: dict[type, Callable[..., dict[str, Any]]] = {
+        Recipe: run, PartRecipe: run_part, DistillRecipe: run_distill,
+        FilterRecipe: run_filter,
+    }
+    return makers[type(recipe)](
         recipe, Path(out or recipe.model), minutes=minutes, steps=steps, resume=resume, threads=threads,
         device=device, report=report,
     )

@@ -10,12 +10,14 @@ from typing import Any
 from stretto.errors import CheckpointError, UnknownNameError, UnsupportedError
 
 __all__ = [
-    "MODELS", "PARTS", "TOKENIZER", "ZooModel", "ZooPart", "available", "part_folder", "resolve", "training_record",
+    "MODELS", "PARTS", "TOKENIZER", "ZooModel", "ZooPart", "available", "base_folder", "part_folder", "resolve",
+    "training_record",
 ]
 
 _HERE = Path(__file__).parent
 TOKENIZER = _HERE / "tokenizer"
 PREFIX = "zoo:"
+ADAPTER = "adapter_config.json"  # of PEFT: a folder with it and no config.json is a LoRA adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ MODELS: dict[str, ZooModel] = {m.name: m for m in _ALL}
 @dataclass(frozen=True, slots=True)
 class ZooPart:
     """An extra part trained on a frozen model of the zoo (``models/adapter.py``). ``base``: that model's name;
-    ``kind``: what a method asks for."""
+    ``kind``: what a method asks for; "lora": an adapter in PEFT's layout, which loads like a model."""
 
     name: str
     kind: str
@@ -70,6 +72,11 @@ _PARTS = (
     ZooPart("tiny-ppd", "ppd", "tiny", "prompt tokens"),
     ZooPart("tiny-draft-ppd", "ppd", "tiny-draft", "prompt tokens"),
     ZooPart("tiny-hidden-transfer", "hidden_transfer", "tiny", "transfer matrices"),
+    ZooPart("tiny-dparallel", "lora", "tiny-blocks", "certain about many tokens at once (dParallel)"),
+    ZooPart("tiny-cd4lm", "lora", "tiny-blocks", "safe on long jumps (CD4LM)"),
+    ZooPart("tiny-own-sft", "lora", "tiny-blocks", "plain fine-tuning on own answers, the control of both"),
+    ZooPart("tiny-blocks-filter", "learn2pd", "tiny-blocks", "which predictions are final (Learn2PD)"),
+    ZooPart("tiny-diffusion-filter", "learn2pd", "tiny-diffusion", "which predictions are final (Learn2PD)"),
 )
 PARTS: dict[str, ZooPart] = {p.name: p for p in _PARTS}
 
@@ -95,6 +102,20 @@ def resolve(model: str | Path) -> Path:
     )
 
 
+def base_folder(folder: Path) -> Path:
+    """The model that a folder with a LoRA adapter belongs to; the folder itself where it holds a whole model."""
+    about = folder / ADAPTER
+    if (folder / "config.json").exists() or not about.exists():
+        return folder
+    try:
+        base = json.loads(about.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as e:
+        raise CheckpointError(f"{about} cannot be read: {e}") from e
+    if not base:
+        raise CheckpointError(f"{about} names no base_model_name_or_path: load the base, then load_lora()")
+    return resolve(base)
+
+
 def part_folder(name: str) -> Path:
     """The folder of the part ``name`` of the zoo. Raises UnknownNameError, or CheckpointError when it is not there."""
     if name not in PARTS:
@@ -106,6 +127,10 @@ def part_folder(name: str) -> Path:
 
 
 def _zoo(name: str) -> Path:
+    if name in PARTS and PARTS[name].kind == "lora":
+        if not (PARTS[name].folder / ADAPTER).exists():
+            raise CheckpointError(f"{PREFIX}{name} is not there: make it with 'stretto train {name}'")
+        return PARTS[name].folder
     if name in PARTS:
         part = PARTS[name]
         raise UnsupportedError(
