@@ -9,6 +9,7 @@ import pytest
 
 from serving import Server
 from stretto import LLM, SamplingParams
+from stretto.bench.load import Load, run_load
 
 CALL = "Tool: set_alarm(hour: integer, minute: integer, label: string)\nCall it with hour 7, minute 30, label garden."
 MESSAGES = [{"role": "user", "content": CALL}]
@@ -29,7 +30,7 @@ METHODS = ["ar", "ngram", "suffix", "jacobi", "lookahead"]
 
 @pytest.fixture(scope="module")
 def server():
-    running = Server("--deterministic", "--max-num-seqs", "8", "--max-model-len", "512")
+    running = Server("--deterministic", "--max-num-seqs", "16", "--max-model-len", "512")
     yield running
     assert running.stop() == 0
 
@@ -235,6 +236,18 @@ def test_steps_show_which_forward_decided_each_token(client):
     assert "".join(text for text, _ in tokens) == want
     forwards = [f for _, f in tokens]
     assert forwards == sorted(forwards) and len(set(forwards)) < len(forwards)
+
+
+def test_sixteen_streams_at_once_are_twice_as_fast_as_one_after_another(server):
+    """Taken in turns, the best of two each: the machine may be busy with other things."""
+    best = {}
+    for _ in range(2):
+        for streams in (16, 1):
+            load = Load(requests=16, rate=0, concurrency=streams, max_tokens=48, body={"method": "ar", "ignore_eos": True})
+            found = run_load(server.url, load, tasks=["lists"])
+            assert found["completed"] == 16 and found["tokens"] == 16 * 48
+            best[streams] = max(best.get(streams, 0), found["tokens_per_second"])
+    assert best[16] >= 2 * best[1], best
 
 
 def test_nothing_is_left_running(server):
