@@ -24,7 +24,7 @@ from stretto.bench.provenance import provenance
 from stretto.errors import InputError, OptionError
 from stretto.zoo.workbook import examples, tasks_of
 
-__all__ = ["Load", "Shot", "arrivals", "run_load", "summary"]
+__all__ = ["Load", "Shot", "arrivals", "fire", "run_load", "summary"]
 
 ARRIVALS = ("poisson", "fixed", "together")
 
@@ -114,16 +114,22 @@ def run_load(
     key: str = "", progress: Callable[[float, str], None] | None = None,
 ) -> dict[str, Any]:
     """Send the load; what came back. InputError when there is no server at ``url``."""
-    return asyncio.run(_run(url, load, model, prompts, tasks, key, progress))
+    model = model or asyncio.run(Target(url, key).first_model())
+    shots = fire(url, load, prompts_of(load, prompts, tasks), model=model, key=key, progress=progress)
+    return {"url": url, "model": model, **summary(shots, load), "provenance": provenance(seed=load.seed)}
 
 
-async def _run(
-    url: str, load: Load, model: str, prompts: Sequence[str] | None, tasks: Sequence[str], key: str,
-    progress: Callable[[float, str], None] | None,
-) -> dict[str, Any]:
-    target = Target(url, key)
-    model = model or await target.first_model()
-    texts = prompts_of(load, prompts, tasks)
+def fire(
+    url: str, load: Load, texts: Sequence[str], *, model: str, key: str = "",
+    progress: Callable[[float, str], None] | None = None,
+) -> list[Shot]:
+    """Send ``texts``, one a request; what each client saw, in their order."""
+    return asyncio.run(_fire(Target(url, key), load, texts, model, progress))
+
+
+async def _fire(
+    target: Target, load: Load, texts: Sequence[str], model: str, progress: Callable[[float, str], None] | None
+) -> list[Shot]:
     shots = [Shot(at) for at in arrivals(load)]
     gate = asyncio.Semaphore(load.concurrency or load.requests)
     start, done = time.perf_counter(), 0
@@ -147,7 +153,7 @@ async def _run(
             progress(done / load.requests, f"{done} of {load.requests} requests")
 
     await asyncio.gather(*[one(s, t) for s, t in zip(shots, texts, strict=True)])
-    return {"url": url, "model": model, **summary(shots, load), "provenance": provenance(seed=load.seed)}
+    return shots
 
 
 def summary(shots: Sequence[Shot], load: Load) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,8 +70,29 @@ def serve(
     allow_model: Annotated[
         list[str] | None, typer.Option("--allow-model", help="A model that requests may name in options; repeatable.")
     ] = None,
+    online_training: Annotated[
+        bool, typer.Option("--online-training", help="Learn a drafter from what is served: method 'online'.")
+    ] = False,
+    online_share: Annotated[
+        float, typer.Option("--online-share", help="Share of one core that training may use.", min=0.01, max=1.0)
+    ] = 0.5,
+    online_dir: Annotated[
+        Path | None, typer.Option("--online-dir", help="Samples and versions (default: temporary).")
+    ] = None,
+    online_record: Annotated[
+        float, typer.Option("--online-record", help="Fraction of texts kept for training.", min=0.0, max=1.0)
+    ] = 1.0,
+    sync_interval: Annotated[
+        int, typer.Option("--sync-interval", help="Training steps between versions.", min=1)
+    ] = 40,
+    min_gain: Annotated[
+        float, typer.Option("--min-gain", help="Tokens a forward that a version must promise.")
+    ] = 1.1,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse unknown fields of bodies.")] = False,
     profile: Annotated[Path | None, typer.Option("--profile", help="Profile by 'tune' for method auto.")] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan/--no-plan", help="Methods may switch themselves off where they do not pay.")
+    ] = True,
     dtype: Dtype = "auto",
     device: Device = "auto",
     threads: Threads = None,
@@ -84,13 +106,13 @@ def serve(
     """
     from stretto.bench.profiles import plain_method
     from stretto.serving.server import serve as run
-    from stretto.serving.service import Settings
+    from stretto.serving.service import Online, Settings
 
     engine: dict[str, Any] = {
         "dtype": dtype, "device": device, "threads": threads, "deterministic": deterministic,
         "max_model_len": max_model_len, "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens, "kv_cache_tokens": kv_cache_tokens,
-        "enable_prefix_caching": prefix_caching, "kv_layout": kv_layout,
+        "enable_prefix_caching": prefix_caching, "kv_layout": kv_layout, "plan": plan,
     }
     keys = [*(api_key or []), *filter(None, [os.environ.get("STRETTO_API_KEY")])]
     for key in keys:
@@ -104,7 +126,14 @@ def serve(
     )
     if not as_json:
         typer.echo(f"stretto serve {model}: loading", err=True)
-    raise typer.Exit(run(settings, host, port, started=lambda url: _say(url, settings, as_json)))
+    with tempfile.TemporaryDirectory(prefix="stretto-online-") as folder:
+        if online_training:
+            options = {"sync": sync_interval, "min_gain": min_gain}
+            settings.online = Online(str(online_dir or folder), online_share, online_record, options)
+            if method == "auto":
+                settings.auto = ("online", {}, "the drafter that learns while serving")
+        code = run(settings, host, port, started=lambda url: _say(url, settings, as_json))
+    raise typer.Exit(code)
 
 
 def _auto(model: str, method: str, options: dict[str, str], profile: Path | None) -> tuple[str, dict[str, Any], str]:

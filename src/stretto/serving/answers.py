@@ -216,7 +216,8 @@ def cost(jobs: Sequence[Job], answers: Sequence[Sequence[Answer]]) -> dict[str, 
     tokens, drafted = sum(c["tokens"] for c in flat), sum(c["drafted"] for c in flat)
     notes = [n for j in jobs if j.note for n in [j.note]] + [n for c in flat for n in c["notes"]]
     out = {
-        "method": jobs[0].method, "options": jobs[0].options, "forwards": forwards,
+        "method": flat[0]["method"] if flat else jobs[0].method,
+        "options": flat[0]["options"] if flat else jobs[0].options, "forwards": forwards,
         "tokens_per_forward": round(tokens / forwards, 4) if forwards else 0.0,
         "acceptance": round(sum(c["accepted"] for c in flat) / drafted, 4) if drafted else None,
         "critical_path": max((c["forwards"] + c["prefill_forwards"] for c in flat), default=0),

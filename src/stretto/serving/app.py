@@ -7,7 +7,7 @@ import contextlib
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from importlib import resources
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -44,7 +44,7 @@ def create_app(service: Service) -> FastAPI:
         if service.link.starts == 0:
             await service.start()
         yield
-        await service.link.close()
+        await service.close()
 
     app = FastAPI(title="stretto", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(Edge, service=service)
@@ -233,6 +233,16 @@ def _about(app: FastAPI, service: Service) -> None:
     async def methods() -> Response:
         """Decoding methods that serve this model, for ``method`` in a request's body."""
         return Json({"methods": service.methods(), "auto": service.settings.auto[0]})
+
+    @app.get("/v1/drafters", responses={k: DECLARED[k] for k in (401, 404, 503)})
+    async def drafters() -> Response:
+        """Versions of the drafter that learns while it serves, and how each does."""
+        return Json(await service.drafters("drafters"))
+
+    @app.post("/v1/drafters/{what}", responses={k: DECLARED[k] for k in (400, 401, 404, 503)})
+    async def change_drafter(what: Literal["update", "rollback"]) -> Response:
+        """Look for a new version now, or go back to the one before."""
+        return Json(await service.drafters(what))
 
     @app.get("/health", responses={503: DECLARED[503]})
     async def health() -> Response:

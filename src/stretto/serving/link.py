@@ -123,13 +123,14 @@ class Channel:
 
 class Link:
     """``options``: those of LLM; ``restarts``: how often a dead engine is started again within ``window`` seconds;
-    ``lost`` is set when it stays dead; ``watch`` sees every message of the engine."""
+    ``lost`` is set when it stays dead; ``watch`` sees every message of the engine; ``more``: of the "open" message."""
 
     def __init__(
         self, model: str, options: dict[str, Any], *, plain: str = "ar", restarts: int = 0, window: float = 600.0,
         channel_bytes: int = 1 << 20, watch: Callable[[dict[str, Any]], None] | None = None,
+        more: dict[str, Any] | None = None,
     ):
-        self._open_message = {"op": "open", "model": model, "options": options, "plain": plain}
+        self._open_message = {"op": "open", "model": model, "options": options, "plain": plain, **(more or {})}
         self._restarts, self._window, self._cap = restarts, window, channel_bytes
         self._watch = watch or (lambda message: None)
         self._channels: dict[str, Channel] = {}

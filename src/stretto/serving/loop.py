@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from stretto.engine.engine import Progress, Stream
 from stretto.engine.params import SamplingParams
 from stretto.errors import CapacityError, InputError, StrettoError, UnknownNameError
 from stretto.llm import LLM
+from stretto.serving.drafters import ONLINE, Drafters
+from stretto.serving.samples import LAYER, Recorder
 
 __all__ = ["Loop", "error_of"]
 
@@ -38,6 +41,8 @@ class _Live:
     options: dict[str, Any]
     sent: list[int] = field(default_factory=list)
     open: int = 0
+    store: bool = True
+    note: str | None = None
 
 
 class Loop:
@@ -51,7 +56,8 @@ class Loop:
         self._methods: OrderedDict[str, Any] = OrderedDict()
         self._closed = False
         self.calls: dict[str, Callable[..., Any]] = {"stats": self.stats, "score": self.score}
-        self.after_step: list[Callable[[list[Progress]], None]] = []
+        self.drafters: Drafters | None = None
+        self.recorder: Recorder | None = None
 
     def post(self, message: dict[str, Any]) -> None:
         self._inbox.put(message)
@@ -64,8 +70,32 @@ class Loop:
             if self.llm.engine.busy:
                 progress = self.llm.engine.step()
                 self._tell(progress)
-                for look in self.after_step:
-                    look(progress)
+            if self.drafters is not None:
+                self.drafters.poll()
+
+    def learn(self, folder: Path, plain: str, share: float) -> None:
+        """Record what is served into ``folder``, and use the drafters that are published there."""
+        self.drafters = Drafters(self.llm, folder, plain=plain)
+        self.recorder = Recorder(self.llm.runner, folder / "samples", lambda s: self._owner[s].store, share=share)
+        self.llm.engine.taps = (LAYER,)
+        self.llm.engine.watchers += [self.recorder, self._judge]
+        self.calls |= {"drafters": self._learning, "rollback": self._back, "update": self._update}
+
+    def _judge(self, stream: Stream) -> None:
+        assert self.drafters is not None
+        self.drafters.judge(stream, str(self._owner[stream].options.get("adapter", "")))
+
+    def _learning(self) -> dict[str, Any]:
+        assert self.drafters is not None and self.recorder is not None
+        return self.drafters.state() | {"recorded": self.recorder.recorded, "dropped": self.recorder.dropped}
+
+    def _back(self) -> dict[str, Any]:
+        assert self.drafters is not None
+        return self.drafters.rollback()
+
+    def _update(self) -> dict[str, Any]:
+        assert self.drafters is not None
+        return {"updated": self.drafters.update(), **self._learning()}
 
     def stats(self) -> dict[str, Any]:
         """What the gauges show: numbers of this moment, counters since the start."""
@@ -132,7 +162,10 @@ class Loop:
     def _add(self, message: dict[str, Any]) -> None:
         try:
             params = message.get("made") or SamplingParams.make(**message["params"])
-            method = self._method(message["method"], message.get("options") or {})
+            name, options, note = message["method"], message.get("options") or {}, None
+            if name == ONLINE and self.drafters is not None:
+                name, options, note = self.drafters.resolve()
+            method = self._method(name, options)
             streams = self.llm.engine.add(
                 message["prompt"], params, method, priority=message.get("priority", 0),
                 salt=message.get("salt", ""), constraint=message.get("constraint"), decode_text=True,
@@ -143,7 +176,7 @@ class Loop:
         seconds = message.get("deadline")
         live = _Live(
             message["id"], streams, None if seconds is None else time.monotonic() + seconds,
-            message["method"], message.get("options") or {}, [0] * len(streams), len(streams),
+            name, options, [0] * len(streams), len(streams), message.get("store", True), note,
         )
         self._live[live.id] = live
         self._owner.update((s, live) for s in streams)
@@ -214,12 +247,13 @@ class Loop:
 def _cost(live: _Live, stream: Stream) -> dict[str, Any]:
     m = stream.seq.metrics
     return {
-        "method": live.method, "forwards": m.forwards, "prefill_forwards": m.prefill_forwards, "rows": m.rows,
+        "method": live.method, "options": live.options, "forwards": m.forwards,
+        "prefill_forwards": m.prefill_forwards, "rows": m.rows,
         "tokens": m.tokens, "tokens_per_forward": round(m.tokens_per_forward, 4), "drafted": m.drafted,
         "accepted": m.accepted, "acceptance": round(m.acceptance, 4) if m.drafted else None,
         "cached_tokens": m.cached_tokens, "preemptions": m.preemptions, "ttft": m.ttft, "seconds": m.seconds,
         "queued": max(0.0, (m.started or stream.arrival) - stream.arrival),
-        "notes": list(m.notes),
+        "notes": ([live.note] if live.note else []) + list(m.notes),
     }
 
 

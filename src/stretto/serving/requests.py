@@ -43,6 +43,7 @@ class Model:
     auto: tuple[str, Mapping[str, Any], str]
     max_choices: int = 16
     paths: frozenset[str] = frozenset()
+    online: bool = False  # a drafter is learnt while serving: method "online"
 
 
 @dataclass(slots=True)
@@ -56,6 +57,7 @@ class Job:
     salt: str
     priority: int
     timeout: float | None
+    store: bool = True
     note: str | None = None
     tools: frozenset[str] = frozenset()
     forced: bool = False
@@ -69,6 +71,7 @@ class Job:
         return {
             "id": request, "prompt": self.prompt, "params": self.params, "method": self.method,
             "options": self.options, "salt": self.salt, "priority": self.priority, "deadline": self.timeout,
+            "store": self.store,
         }
 
 
@@ -162,7 +165,7 @@ def _job(
     method, options, note = _method(body, model)
     salt = hashlib.blake2b(f"{tenant}\0{clean('cache_salt', body.cache_salt or '')}".encode(), digest_size=12)
     return Job(
-        prompt, params, method, options, salt.hexdigest(), body.priority, body.timeout, note,
+        prompt, params, method, options, salt.hexdigest(), body.priority, body.timeout, body.store is not False, note,
     )
 
 
@@ -181,6 +184,10 @@ def _method(body: SamplingBody, model: Model) -> tuple[str, dict[str, Any], str 
         if options:
             raise OptionError("options", _shown(options), "none together with method 'auto': name the method")
         return model.auto[0], dict(model.auto[1]), model.auto[2]
+    if name == "online" and model.online:
+        if options:
+            raise OptionError("options", _shown(options), "none together with method 'online'")
+        return name, {}, None
     info = get(clean("method", name))
     if model.attention not in info.kinds:
         fits = [m.name for m in METHODS.values() if model.attention in m.kinds]

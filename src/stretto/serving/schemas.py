@@ -33,6 +33,7 @@ class SamplingBody(Body):
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     user: str | None = None
+    store: bool | None = Field(None, description="false: never kept for training a drafter")
     top_k: int | None = Field(None, description="extension: 0 = all")
     min_p: float | None = Field(None, description="extension")
     repetition_penalty: float | None = Field(None, description="extension")

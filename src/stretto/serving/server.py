@@ -40,7 +40,7 @@ async def _serve(settings: Settings, host: str, port: int, started: Callable[[st
         await service.start()
     except BaseException:
         sock.close()
-        await service.link.close()
+        await service.close()
         raise
     app = create_app(service)
     app.state.service = service

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import json
 import math
+import subprocess
+import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -19,7 +22,18 @@ from stretto.serving.problems import Problem
 from stretto.serving.requests import Job, Model
 from stretto.zoo.models import resolve
 
-__all__ = ["Service", "Settings"]
+__all__ = ["Online", "Service", "Settings"]
+
+
+@dataclass(slots=True)
+class Online:
+    """Learning while serving. ``folder``: samples and versions; ``share`` of a core for training; ``record``: fraction
+    of texts kept; ``options``: more of online.Settings."""
+
+    folder: str
+    share: float = 0.5
+    record: float = 1.0
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -46,6 +60,7 @@ class Settings:
     strict: bool = False
     paths: Sequence[str] = ()
     ping: float = 15.0
+    online: Online | None = None
 
 
 class Service:
@@ -58,7 +73,10 @@ class Service:
         self.link = Link(
             settings.model, settings.engine, plain=settings.plain, restarts=settings.restarts,
             channel_bytes=settings.stream_bytes, watch=self._watch,
+            more={"online": settings.online.folder, "record": settings.online.record} if settings.online else None,
         )
+        self.trainer: subprocess.Popen[bytes] | None = None
+        self.trainers = 0
         self.draining = False
         list(METHODS)  # read the files now: Python 3.11 cannot parse in two threads at the same time
         self.created = int(time.time())
@@ -73,8 +91,36 @@ class Service:
         self._model = Model(
             self.name, self.tokenizer, facts["max_model_len"], facts["vocabulary"], facts["attention"],
             self.settings.plain, self.settings.auto, self.settings.max_choices, frozenset(self.settings.paths),
+            self.settings.online is not None,
         )
+        self.train()
         self._metrics = Metrics(self.name, facts["max_model_len"])
+
+    def train(self) -> None:
+        """Start the trainer, if there is to be one and none runs; after five it stays away."""
+        online = self.settings.online
+        if online is None or self.trainers >= 5 or (self.trainer is not None and self.trainer.poll() is None):
+            return
+        given = {"model": self.settings.model, "folder": online.folder, "share": online.share, **online.options}
+        command = [sys.executable, "-m", "stretto.serving.online", json.dumps(given)]
+        self.trainer = subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL)
+        self.trainers += 1
+
+    async def close(self) -> None:
+        """End the engine and the trainer."""
+        if self.trainer is not None and self.trainer.poll() is None:
+            self.trainer.kill()
+            await asyncio.to_thread(self.trainer.wait)
+        await self.link.close()
+
+    async def drafters(self, name: str) -> dict[str, Any]:
+        """"drafters", "update" or "rollback" of the drafter that learns; Problem 404 where none does."""
+        if self.settings.online is None:
+            raise Problem(404, "this server does not learn: start it with --online-training", code="no_training")
+        self.train()
+        found = await self.link.call(name, self.settings.health_timeout)
+        alive = self.trainer is not None and self.trainer.poll() is None
+        return found | {"trainer": {"alive": alive, "starts": self.trainers, "share": self.settings.online.share}}
 
     @property
     def model(self) -> Model:

@@ -15,6 +15,7 @@ import sys
 import threading
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from stretto.engine.grammar import compile_constraint
@@ -96,6 +97,8 @@ def main(fd: int) -> int:
             llm.generate([[0]], SamplingParams(max_tokens=1, temperature=0), method=opened.get("plain", "ar"))
             llm.runner.curve()
         loop = Loop(llm, out.put)
+        if opened.get("online"):
+            loop.learn(Path(opened["online"]), opened.get("plain", "ar"), opened.get("record", 1.0))
         threading.Thread(target=_read, args=(sock, Prepare(llm, loop)), name="reader", daemon=True).start()
         out.put(facts(llm))
         loop.run()

@@ -1,0 +1,130 @@
+"""Versions of the drafter that learns while it serves: which one new requests get, how each does, and the way back.
+
+Lives in the engine's thread. A version is a method instance of its own, so a switch happens between two requests:
+running ones keep theirs to the end, and no cache has to be made anew. The output never depends on the version: the
+target verifies.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stretto.decoding.registry import METHODS
+from stretto.engine.engine import Stream
+from stretto.errors import InputError, StrettoError
+from stretto.models.adapter import Adapter, load_adapter, open_adapter
+from stretto.serving.online import KIND, LATEST
+
+__all__ = ["ONLINE", "Drafters"]
+
+ONLINE = "online"  # the name by which requests ask for the current version
+WORSE = 0.9  # a version whose tokens per forward fall below this share of the last one's is taken back
+POLL = 0.25  # seconds between two looks at the folder
+
+
+@dataclass(slots=True)
+class _Version:
+    number: int
+    adapter: Adapter
+    metric: float
+    since: float
+    lengths: deque[float] = field(default_factory=lambda: deque(maxlen=50))  # tokens per forward of finished requests
+
+    @property
+    def live(self) -> float | None:
+        return sum(self.lengths) / len(self.lengths) if self.lengths else None
+
+
+class Drafters:
+    """``plain``: what serves while there is no version; ``enough``: finished requests before a version is judged."""
+
+    def __init__(self, llm: Any, folder: Path, *, plain: str = "ar", enough: int = 24):
+        self._llm, self._folder, self._plain, self._enough = llm, folder, plain, enough
+        self._versions: list[_Version] = []
+        self._refused: set[int] = set()
+        self._looked, self._seen = 0.0, 0
+        self.rollbacks, self.alarm = 0, None
+        llm.host.parts = self._part
+
+    @property
+    def current(self) -> _Version | None:
+        return self._versions[-1] if self._versions else None
+
+    def resolve(self) -> tuple[str, dict[str, Any], str]:
+        """(method, options, note) that a request for "online" gets now."""
+        if self.current is None or KIND not in METHODS:
+            return self._plain, {}, f"no drafter is trained yet: {self._plain}"
+        number = self.current.number
+        return KIND, {"adapter": f"{ONLINE}:{number}"}, f"drafter of version {number}"
+
+    def poll(self) -> bool:
+        """Look for a new version, at most every quarter of a second; whether one is used now."""
+        now = time.monotonic()
+        return self.update() if now - self._looked >= POLL else False
+
+    def update(self) -> bool:
+        """Look now. A version that cannot be used leaves the old one in place and sets ``alarm``."""
+        self._looked = time.monotonic()
+        try:
+            about = json.loads((self._folder / LATEST).read_text())
+            number = int(about["version"])
+            if number <= self._seen:
+                return False
+            self._seen = number
+            adapter = load_adapter(about["path"]).check(self._llm.runner.model, KIND)
+        except FileNotFoundError:
+            return False
+        except (OSError, ValueError, KeyError, StrettoError) as error:
+            self.alarm = f"a version was not used: {error}"
+            return False
+        self._versions = [*self._versions[-2:], _Version(number, adapter, float(about["metric"]), time.time())]
+        self.alarm = None
+        return True
+
+    def rollback(self) -> dict[str, Any]:
+        """Go back to the version before; InputError when there is none."""
+        if len(self._versions) < 2:
+            raise InputError("there is no earlier version to go back to")
+        bad = self._versions.pop()
+        self._refused.add(bad.number)
+        self.rollbacks += 1
+        return self.state()
+
+    def judge(self, stream: Stream, adapter: str) -> None:
+        """A stream of version ``adapter`` ends: count it; take the current one back where it is worse than the last."""
+        metrics = stream.seq.metrics
+        for version in self._versions:
+            if adapter == f"{ONLINE}:{version.number}" and metrics.forwards:
+                version.lengths.append(metrics.tokens_per_forward)
+        if len(self._versions) < 2:
+            return
+        last, now = self._versions[-2], self._versions[-1]
+        known = min(len(last.lengths), len(now.lengths)) >= self._enough
+        if known and (now.live or 0) < WORSE * (last.live or 0):
+            self.rollback()
+            self.alarm = f"version {now.number} was taken back: {now.live:.2f} tokens a forward against {last.live:.2f}"
+
+    def state(self) -> dict[str, Any]:
+        """For ``GET /v1/drafters``."""
+        return {
+            "current": self.current.number if self.current else None, "rollbacks": self.rollbacks, "alarm": self.alarm,
+            "versions": [
+                {"version": v.number, "simulated": v.metric, "age": time.time() - v.since,
+                 "tokens_per_forward": v.live, "requests": len(v.lengths)}
+                for v in self._versions
+            ],
+        }
+
+    def _part(self, kind: str, name: str) -> Adapter:
+        if name.startswith(f"{ONLINE}:"):
+            number = name.partition(":")[2]
+            for version in self._versions:
+                if str(version.number) == number:
+                    return version.adapter
+            raise InputError(f"version {number} of the drafter is gone")
+        return open_adapter(kind, name, self._llm.runner.model)
