@@ -9,5 +9,5 @@ server=$!
 trap 'kill $server' EXIT
 until grep -q "API:" "$log"; do sleep 0.2; done
 "${SCHEMATHESIS:-st}" run http://127.0.0.1:8765/openapi.json --checks not_a_server_error --max-examples "${1:-1000}" \
-    --phases examples,coverage,fuzzing --generation-deterministic --request-timeout 60 --continue-on-failure
+    --phases "${PHASES:-examples,coverage,fuzzing}" --generation-deterministic --request-timeout 60 --continue-on-failure
 curl -sf http://127.0.0.1:8765/health
