@@ -154,6 +154,7 @@ def test_swaps_between_requests_leave_the_text_alone(llm, tmp_path):
     llm.engine.taps, llm.engine.watchers, llm.host.parts = (), [], None
 
 
+@drafts
 def test_a_damaged_or_worse_version_is_not_kept(llm, tmp_path):
     drafters = Drafters(llm, tmp_path, enough=4)
     version(llm, tmp_path, 1, 0.01)

@@ -57,7 +57,17 @@ def create_app(service: Service) -> FastAPI:
     _about(app, service)
     _text(app, service)
     _page(app)
+    app.openapi = lambda: _described(app, service)  # type: ignore[method-assign]
     return app
+
+
+def _described(app: FastAPI, service: Service) -> dict[str, Any]:
+    """The OpenAPI page; ``model`` can only be what is served."""
+    page = FastAPI.openapi(app)
+    for name, schema in page["components"]["schemas"].items():
+        if name in ("ChatBody", "CompletionBody"):
+            schema["properties"]["model"]["enum"] = [service.name]
+    return page
 
 
 def _ours() -> tuple[type[Exception], ...]:
