@@ -21,16 +21,18 @@ from stretto.bench import runner as runner_module
 from stretto.bench.evaluate import evaluate
 from stretto.bench.measure import Arm, Item, geometric, measure, ratios
 from stretto.bench.plot import Box, Frame, Point, speed_quality
-from stretto.bench.profiles import fingerprint, load_profile, profile_path, resolve_auto
-from stretto.bench.provenance import write_atomically
+from stretto.bench.provenance import write_atomically, write_json
 from stretto.bench.report import render
 from stretto.bench.rows import Cell, rows_by, sample_records
 from stretto.bench.runner import bench
 from stretto.bench.table import print_evaluation, print_rows
 from stretto.bench.tune import tune, variants
 from stretto.bench.workload import answer_room, load_items, one_per_family, pick_tasks
+from stretto.decoding.profiles import fingerprint, load_profile, profile_path, resolve_auto
 from stretto.decoding.registry import METHODS
+from stretto.engine.params import SamplingParams
 from stretto.errors import CheckpointError, OptionError, PromptError, UnknownNameError, UnsupportedError
+from stretto.llm import LLM
 from stretto.models.checkpoint import save
 from tiny import model
 
@@ -441,6 +443,23 @@ def test_tune_keeps_the_fastest_and_auto_uses_it(fake_fleet, folder, tmp_path, m
     assert profile["method"] == "ngram" and profile["model"] == str(folder) and profile["provenance"]["prompts"] == 8
     method, options, note = resolve_auto(folder)
     assert method == "ngram" and options == result["options"] and "ngram by the profile" in note
+
+
+def test_auto_in_python_is_what_the_profile_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    llm, params = LLM("zoo:tiny"), SamplingParams(max_tokens=5, temperature=0.0)
+    plain = llm.generate("one two", params, method="auto")[0]
+    assert llm.auto.method == "ar" and plain.metrics.notes == [llm.auto.note] and "no profile" in llm.auto.note
+    data = {
+        "format": 1, "model": "zoo:tiny", "fingerprint": fingerprint("zoo:tiny"), "method": "jacobi",
+        "options": {"block": 3}, "speedup": 1.5, "provenance": {"date": "2026-11-24T00:00:00+00:00", "cpu": "another"},
+    }
+    write_json(profile_path("zoo:tiny"), data)
+    llm = LLM("zoo:tiny", plan=False)
+    tuned = llm.generate("one two", params, method="auto", options={"block": 2})[0]
+    assert tuned.outputs[0].token_ids == plain.outputs[0].token_ids
+    assert tuned.metrics.drafted > 0 and "jacobi by the profile of 2026-11-24" in tuned.metrics.notes[0]
+    assert "another machine" in tuned.metrics.notes[0] and list(llm._methods) == ['["jacobi", {"block": 2}]']
 
 
 def test_tune_stays_with_plain_decoding_when_nothing_pays(fake_fleet, folder, tmp_path):

@@ -7,12 +7,14 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from stretto.decoding.profiles import AutoChoice, resolve_auto
 from stretto.decoding.registry import get, make
 from stretto.engine.engine import Engine, Stream
 from stretto.engine.grammar import compile_constraint
@@ -120,7 +122,9 @@ class LLM:
         self, prompts: Prompt | Seq[Prompt], sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
         *, method: str | Seq[str] = "ar", options: Mapping[str, Any] | Seq[Mapping[str, Any]] | None = None,
     ) -> list[RequestOutput]:
-        """Complete every prompt; all share forwards. Lists of params, methods or options go one per prompt."""
+        """Complete every prompt; all share forwards. Lists of params, methods or options go one per prompt.
+
+        ``method`` "auto": the one that ``stretto tune`` found for this model (``auto``)."""
         items = self._items(prompts)
         params = _spread(sampling_params or SamplingParams(), len(items), "sampling_params")
         methods = _spread(method, len(items), "method")
@@ -146,6 +150,9 @@ class LLM:
         options: Mapping[str, Any] | None = None, decode_text: bool = False, priority: int = 0, salt: str = "",
     ) -> list[Stream]:
         """Queue one request on the engine without running it; one stream per choice."""
+        note = None
+        if method == "auto":
+            method, options, note = self.auto.method, {**self.auto.options, **(options or {})}, self.auto.note
         made = self.method(method, options)
         ids = self._encode(prompt)
         constraint = self.constraint(params)
@@ -153,9 +160,18 @@ class LLM:
             raise UnsupportedError(
                 f"method {method!r} cannot follow a grammar: it does not commit tokens from left to right"
             )
-        return self.engine.add(
+        streams = self.engine.add(
             ids, params, made, decode_text=decode_text, priority=priority, salt=salt, constraint=constraint
         )
+        if note is not None:
+            for stream in streams:
+                stream.seq.metrics.note(note)
+        return streams
+
+    @cached_property
+    def auto(self) -> AutoChoice:
+        """What ``method="auto"`` stands for here: what ``stretto tune`` kept for this model, else plain decoding."""
+        return resolve_auto(self.model_name)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, method: str = "ar",

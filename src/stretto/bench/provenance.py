@@ -13,6 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from stretto.decoding.profiles import cpu_name
+
 __all__ = ["machine", "provenance", "write_atomically", "write_json"]
 
 
@@ -21,7 +23,7 @@ def machine() -> dict[str, Any]:
     """The CPU's name, the cores this process may use, memory in GiB, the operating system."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
-        "cpu": _cpu_name(), "cores": cores, "memory_gib": _memory_gib(),
+        "cpu": cpu_name(), "cores": cores, "memory_gib": _memory_gib(),
         "os": f"{platform.system()} {platform.machine()}",
     }
 
@@ -97,16 +99,6 @@ def _commit() -> str | None:
     if head is None:
         return None
     return head + ("+changes" if git("status", "--porcelain", "--", ".") else "")
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine() or "unknown"
 
 
 def _memory_gib() -> float | None:

@@ -15,8 +15,8 @@ from typing import Any
 
 from stretto.bench.arms import Fleet
 from stretto.bench.measure import Arm, Item, Track, measure, ratios
-from stretto.bench.profiles import save_profile
-from stretto.bench.provenance import provenance
+from stretto.bench.provenance import provenance, write_json
+from stretto.decoding.profiles import FORMAT, fingerprint, profile_path
 from stretto.decoding.registry import METHODS, OptionInfo
 from stretto.errors import OptionError, PromptError, StrettoError
 
@@ -75,7 +75,8 @@ def tune(
             fleet.llm, prompts=len(items), max_tokens=max_tokens, batch=batch, baseline=plain.label
         ),
     }
-    result["path"] = str(save_profile(model, result, out))
+    whole = {"format": FORMAT, "model": str(model), "fingerprint": fingerprint(model), **result}
+    result["path"] = str(write_json(out or profile_path(model), whole))
     say(1.0, "done")
     return {"model": model, **result}
 

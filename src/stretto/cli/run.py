@@ -107,7 +107,7 @@ def open_llm(
 
     chosen: dict[str, Any] = dict(options)
     if method == "auto":
-        from stretto.bench.profiles import resolve_auto
+        from stretto.decoding.profiles import resolve_auto
 
         choice = resolve_auto(model)
         method, chosen = choice.method, {**choice.options, **options}

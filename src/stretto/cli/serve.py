@@ -104,7 +104,7 @@ def serve(
 
     /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics; a page to try methods at /.
     """
-    from stretto.bench.profiles import plain_method
+    from stretto.decoding.profiles import plain_method
     from stretto.serving.server import serve as run
     from stretto.serving.service import Online, Settings
 
@@ -138,7 +138,7 @@ def serve(
 
 def _auto(model: str, method: str, options: dict[str, str], profile: Path | None) -> tuple[str, dict[str, Any], str]:
     """What "auto", and a request that names no method, stand for."""
-    from stretto.bench.profiles import resolve_auto
+    from stretto.decoding.profiles import resolve_auto
     from stretto.decoding.registry import get
 
     if method == "auto":

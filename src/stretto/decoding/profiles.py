@@ -9,17 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import sys
-from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stretto.bench.provenance import machine, write_json
 from stretto.decoding.registry import METHODS
 from stretto.errors import CheckpointError
 from stretto.zoo.models import resolve
 
-__all__ = ["AutoChoice", "fingerprint", "load_profile", "profile_path", "resolve_auto", "save_profile"]
+__all__ = ["FORMAT", "AutoChoice", "cpu_name", "fingerprint", "load_profile", "profile_path", "resolve_auto"]
 
 FORMAT = 1
 _EDGE = 1 << 16  # bytes read from each end of a weight file
@@ -46,7 +46,7 @@ def resolve_auto(model: str | Path, profile: str | Path | None = None) -> AutoCh
         return AutoChoice(plain, {}, why)
     origin = found["provenance"]
     note = f"{found['method']} by the profile of {origin['date'][:10]}: {found['speedup']:.2f} times plain decoding"
-    if origin.get("cpu") != machine()["cpu"]:
+    if origin.get("cpu") != cpu_name():
         note += f" (measured on another machine: {origin.get('cpu')}; tune again to be sure)"
     return AutoChoice(found["method"], dict(found["options"]), note)
 
@@ -69,12 +69,6 @@ def load_profile(model: str | Path, profile: str | Path | None = None) -> dict[s
     if not good and profile:
         raise CheckpointError(f"{path} is no profile for {model}: {reason}; write one with 'stretto tune'")
     return data if good else None
-
-
-def save_profile(model: str | Path, data: Mapping[str, Any], path: str | Path | None = None) -> Path:
-    """Write a profile in one go; the path written."""
-    whole = {"format": FORMAT, "model": str(model), "fingerprint": fingerprint(model), **data}
-    return write_json(path or profile_path(model), whole)
 
 
 def profile_path(model: str | Path) -> Path:
@@ -119,3 +113,15 @@ def _config_home() -> Path:
     if sys.platform == "win32":
         return Path(os.environ.get("APPDATA") or Path.home() / "AppData" / "Roaming")
     return Path.home() / ".config"
+
+
+@lru_cache(maxsize=1)
+def cpu_name() -> str:
+    """The processor, as the system calls it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine() or "unknown"
