@@ -39,6 +39,7 @@ from stretto.engine.host import Host
 from stretto.engine.sampling import noise
 from stretto.engine.types import Commit, Outcome, Sequence, Step
 from stretto.errors import OptionError
+from stretto.models.batch import Doubt
 
 __all__ = ["Draft", "Options"]
 
@@ -246,6 +247,9 @@ class Draft:
                 table = model.costs.table(len(wanted[0][0].tokens), len(wanted))
                 model.expected += table[len(wanted)] * max(n for _, _, n in wanted)
             level = []
+        elif single and fits == 1 and wanted[0][0].sampler.plain:
+            level = []
+            model.chain(wanted[0][0].state.growth, wanted[0][0].state.cache, self._doubt())
         while level:
             rows = [model.rows(g, node, g.seq.state.cache, single) for g, node in level]
             logits = model.forward(rows)
@@ -266,6 +270,11 @@ class Draft:
         if model.expected:
             model.costs.observe(seconds, model.expected)
         return seconds
+
+    def _doubt(self) -> Doubt | None:
+        """``_doubtful`` for a lone greedy chain, which grows without coming back here."""
+        least = self.planner.level + self.planner.row
+        return Doubt(SURE, self._trust.rate, 1.0, least) if self.planner.active else None
 
     def _doubtful(self, growth: Growth, sure: float, least: float) -> bool:
         """Whether the draft is too unsure of its last token for another level. The token itself stays: to drop

@@ -20,7 +20,7 @@ from stretto.decoding.tree import Shape, Tree
 from stretto.engine.cache import View
 from stretto.engine.runner import Runner
 from stretto.engine.types import Sequence
-from stretto.models.batch import FlatBatch
+from stretto.models.batch import Doubt, FlatBatch
 
 __all__ = ["DraftCache", "DraftModel", "Growth", "Rows"]
 
@@ -116,6 +116,22 @@ class DraftModel:
         cache.slots[node] = int(slots[0])
         position = len(growth.seq.tokens) - 1 + len(path)
         return Rows([token], position, slots, np.concatenate([view.slots, above]))
+
+    def chain(self, growth: Growth, cache: DraftCache, doubt: Doubt | None) -> None:
+        """Grow a greedy chain in one go; what is unread of the text is read with its first row."""
+        alloc, view, seq = self.runner.alloc, cache.view, growth.seq
+        tokens, position = seq.tokens[len(view) :], len(view)
+        slots = alloc.alloc(len(tokens) - 1 + growth.count)
+        drafts, growth.trust = self.runner.chain(view.slots, tokens, position, slots, doubt)
+        used = len(tokens) - 1 + len(drafts)
+        view.append(slots[:used])
+        if used < len(slots):
+            alloc.release(slots[used:])
+        for node, token in enumerate(drafts):
+            growth.add(node, [token], 1)
+        if self.costs is not None:
+            table = self.costs.table(position, len(tokens))
+            self.expected += table[len(tokens)] + (len(drafts) - 1) * table[1]
 
     def keep(self, cache: DraftCache, length: int, path: Seq[int]) -> None:
         """After a verification: the first ``length`` rows stay, and those of tree nodes ``path``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from bisect import bisect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from stretto.engine.cache import SlotAllocator
 from stretto.engine.slot_cache import SlotCache
 from stretto.errors import CapacityError, OptionError, UnsupportedError
-from stretto.models.batch import Early, FlatBatch, ForwardResult, KVPool
+from stretto.models.batch import Doubt, Early, FlatBatch, ForwardResult, KVPool
 from stretto.models.context import forward_batch
 from stretto.models.entries import Matrix, sink
 from stretto.models.staged import StagedForward, check_early
@@ -145,6 +146,33 @@ class Runner:
         self.alloc.limit(min([s for s, _ in self._holds], default=self.pool.slots))
         self.max_rows = min([r for _, r in self._holds], default=None)
 
+    def chain(
+        self, context: np.ndarray, tokens: list[int], position: int, slots: np.ndarray, doubt: Doubt | None = None
+    ) -> tuple[list[int], list[int]]:
+        """The greedy continuation of ``tokens`` behind the cached rows ``context``, a forward for each new token.
+
+        ``position`` of the first of ``tokens``. ``slots`` int32 [len(tokens) - 1 + tokens to make]: where the K/V of
+        the rows go, in order; where ``doubt`` ends the chain early, the last ones stay unused. Returns the new tokens
+        and the class of each by ``doubt``.
+        """
+        if self.native is not None:
+            return self.native.chain(self.pool, context, tokens, position, slots, self.vocabulary, doubt)
+        given, found = len(tokens), []
+        gain, text = doubt.gain if doubt else 1.0, list(tokens)
+        while len(text) <= len(slots):
+            at = len(text) - 1 if len(text) > given else 0
+            before = np.concatenate([context, slots[:at]])
+            batch = _chain(before, slots[at : len(text)], text[at:], position + at, last=True)
+            result = self.forward(batch)
+            text.append(int(result.argmax[0]))
+            if doubt is not None:
+                sure = float(torch.softmax(result.logits[0], -1).max())
+                found.append(bisect(doubt.borders, sure))
+                gain *= doubt.rates[found[-1]]
+                if gain * doubt.rates[found[-1]] < doubt.least:
+                    break
+        return text[given:], found
+
     def matrix(self, weight: torch.Tensor) -> Matrix:
         """``weight`` [H, H] ready for rows that enter in mid-stack (``Step.entries``)."""
         here = self.model.model.embed_tokens.weight
@@ -200,7 +228,7 @@ class Runner:
         try:
             seconds = []
             for n in rows:
-                batch = _chain(slots[:context], slots[context : context + n], n)
+                batch = _chain(slots[:context], slots[context : context + n], [0] * n, context)
                 times = []
                 budget = time.perf_counter() + 0.25
                 while len(times) < 3 or (len(times) < 12 and time.perf_counter() < budget):
@@ -229,17 +257,20 @@ def _native(model: Transformer, backend: str) -> tuple[Any, str | None]:
     return None, reason
 
 
-def _chain(context: np.ndarray, slots: np.ndarray, n: int) -> FlatBatch:
-    """``n`` rows of one sequence behind ``context``, causal, all with logits."""
+def _chain(
+    context: np.ndarray, slots: np.ndarray, tokens: list[int], position: int, *, last: bool = False
+) -> FlatBatch:
+    """Causal rows of one sequence behind ``context``, with the logits of all or of the last."""
+    n = len(tokens)
     cols, counts = np.tril_indices(n)[1].astype(np.int32), np.arange(1, n + 1)
     return FlatBatch(
-        tokens=np.zeros(n, np.int64),
-        positions=np.arange(len(context), len(context) + n, dtype=np.int32),
+        tokens=np.array(tokens, np.int64),
+        positions=np.arange(position, position + n, dtype=np.int32),
         slots=slots.astype(np.int32),
         context_of=np.zeros(n, np.int32),
         context=context.astype(np.int32),
         context_ptr=np.array([0, len(context)], np.int32),
         local=cols,
         local_ptr=np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
-        logit_rows=np.arange(n, dtype=np.int32),
+        logit_rows=np.arange(n - 1 if last else 0, n, dtype=np.int32),
     )

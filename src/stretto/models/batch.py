@@ -17,7 +17,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from stretto.models.entries import Entry
 
-__all__ = ["Early", "EarlyLogits", "FlatBatch", "ForwardResult", "KVPool"]
+__all__ = ["Doubt", "Early", "EarlyLogits", "FlatBatch", "ForwardResult", "KVPool"]
 
 Ints = np.ndarray  # int32 unless said otherwise
 Early = Mapping[int, Callable[["ForwardResult"], None]]  # layer (1-based) -> who looks at what it would give
@@ -94,6 +94,18 @@ class ForwardResult:
     logits: Tensor  # float32 [k, V]
     hidden: dict[int, Tensor] = field(default_factory=dict)  # tap layer -> [n, H]; -1 = final-normed state
     argmax: np.ndarray | None = None  # int64 [k]: the lowest id of each row's largest logit; the runner sees to it
+
+
+@dataclass(slots=True, frozen=True)
+class Doubt:
+    """When a greedy continuation ends early: behind the token with which ``gain`` times the rates of all its tokens,
+    times the last rate once more, falls below ``least``. The rate of a token is that of the class of its probability;
+    ``borders`` between the classes, ascending."""
+
+    borders: Sequence[float]  # [classes - 1]
+    rates: Sequence[float]  # [classes]
+    gain: float
+    least: float
 
 
 class KVPool:

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from stretto.errors import OptionError, PromptError, UnsupportedError
-from stretto.models.batch import FlatBatch, ForwardResult, KVPool
+from stretto.models.batch import Doubt, FlatBatch, ForwardResult, KVPool
 from stretto.models.config import ModelConfig
 from stretto.models.entries import structs
 from stretto.models.moe import SparseMLP
-from stretto.models.native_library import POINTER, Batch, Layer, Mat, Model, address, array_address, team
+from stretto.models.native_library import POINTER, Batch, Chain, Layer, Mat, Model, address, array_address, team
 from stretto.models.native_linear import DTYPES, Memory, PackedLinear, library
 from stretto.models.transformer import MLP, Attention, Block, Transformer
 
@@ -199,6 +199,43 @@ class NativeForward:
             raise IndexError(f"the batch names a {what} that does not exist")
         return ForwardResult(logits, hidden, best)
 
+    def chain(
+        self, pool: KVPool, context: np.ndarray, tokens: list[int], position: int, slots: np.ndarray,
+        known: int | None = None, doubt: Doubt | None = None,
+    ) -> tuple[list[int], list[int]]:
+        """The greedy continuation of ``tokens`` behind the cached rows ``context``, one forward a token, all in C.
+
+        ``position`` of the first of ``tokens``; ``slots`` int32 [len(tokens) - 1 + tokens to make]. Returns the new
+        tokens and the class of each by ``doubt``.
+        """
+        c, given, rows = self.config, len(tokens), len(slots)
+        most = rows - given + 1
+        if pool is not self._pool[0]:
+            self._pool = pool, self._pool_facts(pool)
+        size, bf16, keys, values, positions = self._pool[1]
+        logits, best, found = np.empty(c.vocab_size, np.float32), np.empty(1, np.int64), np.empty(most, np.int32)
+        text, context, slots = np.array([*tokens, *[0] * most], np.int64), _ints(context), _ints(slots)
+        ints = np.empty(4 * given + 8 + len(context) + rows + given * (given + 1) // 2, np.int32)
+        bounds = np.array([*doubt.borders, *doubt.rates] if doubt else [0], np.float32)
+        classes = len(doubt.rates) if doubt else 0
+        b = Batch(
+            0, 0, 0, 0, 0, 0, size, bf16, 0, known or c.vocab_size, None, None, None, keys, values, positions,
+            array_address(logits), array_address(best), ctypes.addressof(self._no_taps),
+        )  # fmt: skip
+        at = array_address(bounds)
+        chain = Chain(
+            len(context), given, most, position, classes, array_address(context), array_address(slots),
+            array_address(text), array_address(ints), at, at + 4 * max(0, classes - 1), array_address(found),
+            *((doubt.gain, doubt.least) if doubt else (1.0, 0.0)),
+        )  # fmt: skip
+        with self._lock:
+            if position + rows > self._model.angles:
+                self._grow_angles(position + rows)
+            made = self._lib.stretto_chain(*map(ctypes.addressof, (self._model, b, chain)))
+        if made < 0:
+            raise MemoryError("no memory for a forward") if made == -1 else IndexError(f"a chain with code {-1 - made}")
+        return text[given : given + made].tolist(), found[:made].tolist() if doubt else []
+
     def _pool_facts(self, pool: KVPool) -> tuple[int, bool, int | None, int | None, int | None]:
         """Slots, whether it is bfloat16, and where keys, values and positions lie."""
         c, keys, slots = self.config, pool.k, len(pool.positions)
@@ -222,6 +259,10 @@ class NativeForward:
     def __del__(self) -> None:
         if hasattr(self, "_model"):
             self._lib.stretto_free(ctypes.addressof(self._model))
+
+
+def _ints(x: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(x, np.int32)
 
 
 def _unusual(model: Transformer) -> str | None:

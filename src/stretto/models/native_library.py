@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "Layer", "Mat", "Model", "Team", "address", "array_address", "build", "team"]
+__all__ = ["Batch", "Chain", "Layer", "Mat", "Model", "Team", "address", "array_address", "build", "team"]
 
-SOURCES = ("native.h", "linear.c", "half.c", "attention.c", "entries.c", "forward.c")
+SOURCES = ("native.h", "linear.c", "half.c", "attention.c", "entries.c", "forward.c", "chain.c")
 FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC")
 TUNE = ("-march=native", "-mcpu=native", "-O3")  # the first that the compiler takes
 
@@ -53,6 +53,10 @@ Batch = _struct(
     (POINTER, "tokens ints embeds k_pool v_pool pool_positions logits best taps entries"),
     (POINTER, "positions slots context_of context_ptr local_ptr context local logit_rows embed_rows"),
 )
+Chain = _struct(
+    (LONG, "cached given most position classes"), (POINTER, "context slots tokens ints borders rates found"),
+    (ctypes.c_float, "gain least"),
+)  # fmt: skip
 
 
 def _cache_dir() -> Path:

@@ -38,6 +38,7 @@ def library() -> tuple[Any, str | None]:
         ("lanes", INT),
         ("halves", INT),
         ("forward", INT, POINTER, POINTER),
+        ("chain", LONG, POINTER, POINTER, POINTER),
         ("free", None, POINTER),
         ("linear", INT, POINTER, POINTER, POINTER, LONG, POINTER),
         ("argmax", None, POINTER, LONG, LONG, POINTER),
