@@ -25,7 +25,7 @@ from stretto.decoding.ar import require_causal
 from stretto.decoding.costs import INHERITED, Rates, allot
 from stretto.decoding.drafting import DraftCache, DraftModel, Growth
 from stretto.decoding.options import option
-from stretto.decoding.planner import Pace, Planner, room
+from stretto.decoding.planner import Pace, Planner, rested, room
 from stretto.decoding.tree import Shape, best_first, chain
 from stretto.decoding.verify import (
     DRAFT,
@@ -113,6 +113,8 @@ class Draft:
         return len(seq.tokens) - 1
 
     def propose(self, seqs: list[Sequence]) -> list[Step]:
+        if (resting := self.planner.rest(seqs, [s.state.pace for s in seqs])) is not None:
+            return resting
         start, drafting = self.planner.begin(), 0.0
         for seq in seqs:
             seq.state.growth = None
@@ -134,6 +136,8 @@ class Draft:
     def commit(
         self, seqs: list[Sequence], steps: list[Step], outcomes: list[Outcome]
     ) -> list[Commit]:
+        if (commits := rested(seqs, steps, outcomes)) is not None:
+            return commits
         start = time.perf_counter()
         commits = [self._commit(*item) for item in zip(seqs, steps, outcomes, strict=True)]
         self.planner.end(start, len(seqs), sum(c.drafted for c in commits))

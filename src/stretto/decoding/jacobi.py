@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from stretto.decoding.ar import require_causal
 from stretto.decoding.options import option
-from stretto.decoding.planner import Pace, Planner, room
+from stretto.decoding.planner import Pace, Planner, rested, room
 from stretto.decoding.verify import accept_chain, choose
 from stretto.engine.host import Host
 from stretto.engine.types import Commit, Outcome, Sequence, Step
@@ -60,6 +60,8 @@ class Jacobi:
         return len(seq.tokens) - 1
 
     def propose(self, seqs: list[Sequence]) -> list[Step]:
+        if (resting := self.planner.rest(seqs, [s.state.pace for s in seqs])) is not None:
+            return resting
         start = self.planner.begin()
         offers = [self._offer(seq) for seq in seqs]
         paces, tag = [s.state.pace for s in seqs], hash(tuple(seqs[0].state.stable))
@@ -73,6 +75,8 @@ class Jacobi:
     def commit(
         self, seqs: list[Sequence], steps: list[Step], outcomes: list[Outcome]
     ) -> list[Commit]:
+        if (commits := rested(seqs, steps, outcomes)) is not None:
+            return commits
         start = time.perf_counter()
         commits = [self._commit(*item) for item in zip(seqs, steps, outcomes, strict=True)]
         self.planner.end(start, len(seqs), sum(c.drafted for c in commits))

@@ -17,7 +17,7 @@ import numpy as np
 
 from stretto.decoding.ar import require_causal
 from stretto.decoding.options import option
-from stretto.decoding.planner import Pace, Planner, room
+from stretto.decoding.planner import Pace, Planner, rested, room
 from stretto.decoding.tree import Tree
 from stretto.decoding.verify import accept_tree, choose
 from stretto.engine.host import Host
@@ -75,6 +75,8 @@ class Lookahead:
         return len(seq.tokens) - 1
 
     def propose(self, seqs: list[Sequence]) -> list[Step]:
+        if (resting := self.planner.rest(seqs, [s.state.pace for s in seqs])) is not None:
+            return resting
         start = self.planner.begin()
         reach = self._options.ngram - 1
         offers = [
@@ -89,6 +91,8 @@ class Lookahead:
     def commit(
         self, seqs: list[Sequence], steps: list[Step], outcomes: list[Outcome]
     ) -> list[Commit]:
+        if (commits := rested(seqs, steps, outcomes)) is not None:
+            return commits
         start = time.perf_counter()
         commits = [self._commit(*item) for item in zip(seqs, steps, outcomes, strict=True)]
         self.planner.end(start, len(seqs), sum(map(len, steps)) - len(seqs))

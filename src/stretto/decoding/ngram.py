@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from stretto.decoding.ar import require_causal
 from stretto.decoding.costs import Rates
 from stretto.decoding.options import option
-from stretto.decoding.planner import Pace, Planner, room
+from stretto.decoding.planner import Pace, Planner, rested, room
 from stretto.decoding.tree import Tree
 from stretto.decoding.verify import accept_chain, accept_tree
 from stretto.engine.host import Host
@@ -72,15 +72,15 @@ class Ngram:
         return len(seq.tokens) - 1
 
     def propose(self, seqs: list[Sequence]) -> list[Step]:
+        if (resting := self.planner.rest(seqs, [s.state.pace for s in seqs])) is not None:
+            return resting
         start = self.planner.begin()
         found = [self._look_up(seq, seq.state) for seq in seqs]
-        counts = None
-        if any(f is not NOTHING for f in found):
-            offers, tag = [offer for offer, _, _ in found], tuple(found[0][2][:1])
-            counts = self.planner.allot(seqs, [s.state.pace for s in seqs], offers, tag=tag)
+        offers, tag = [offer for offer, _, _ in found], tuple(found[0][2][:1])
+        counts = self.planner.allot(seqs, [s.state.pace for s in seqs], offers, tag=tag)
         steps = []
         for i, (_, drafts, keys) in enumerate(found):
-            count = counts[i] if counts is not None else 0
+            count = counts[i]
             extra = (keys[:count], keys[count:])
             if isinstance(drafts, Tree):
                 steps.append(drafts.prefix(1 + count).step(seqs[i], extra))
@@ -92,6 +92,8 @@ class Ngram:
     def commit(
         self, seqs: list[Sequence], steps: list[Step], outcomes: list[Outcome]
     ) -> list[Commit]:
+        if (commits := rested(seqs, steps, outcomes)) is not None:
+            return commits
         start = time.perf_counter()
         commits, drafted = [], 0
         for seq, step, outcome in zip(seqs, steps, outcomes, strict=True):
@@ -115,8 +117,6 @@ class Ngram:
 
     def _look_up(self, seq: Sequence, state: _State) -> tuple[Seq[float], Seq[int] | Tree, Seq[int]]:
         """(gains, drafts, keys): nothing when nothing matches."""
-        if self.planner.drowsy(state.pace):
-            return NOTHING
         tokens, index = seq.tokens, state.index
         self._extend(state, tokens)
         limit = min(self._options.num_draft_tokens, room(seq))

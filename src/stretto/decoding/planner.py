@@ -2,8 +2,10 @@
 
 A step over B sequences that drafts K tokens is worth (B + sum of their path products) / (t_fixed + t_draft + t(B + K))
 tokens a second. Drafts are taken in the order of their products, whosever they are (water-filling), as long as the
-best value lies ahead; K = 0 is among the choices and costs nothing: no draft is made, and only what a credit
-of one per cent of the time allows is spent on probes that look whether drafting would pay by now.
+best value lies ahead; K = 0 is among the choices and costs nothing: where it is chosen the method rests, which is plain
+decoding. A bank keeps it honest: drafts and probes are paid from it at their measured cost, every right draft pays in
+the time of a plain step, and one per cent of all time comes on top. While it is overdrawn the method rests, so that it
+never loses more than that one per cent, whatever its rates promise.
 """
 
 from __future__ import annotations
@@ -14,23 +16,38 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from stretto.decoding.costs import Costs, Rates, Typical, allot
+from stretto.decoding.verify import choose
 from stretto.engine.host import Host
 from stretto.engine.runner import Runner
-from stretto.engine.types import Sequence
+from stretto.engine.types import Commit, Outcome, Sequence, Step
 from stretto.errors import CapacityError
 
-__all__ = ["Costs", "Pace", "Planner", "Rates", "allot", "room"]
+__all__ = ["Costs", "Pace", "Planner", "Rates", "allot", "rested", "room"]
 
 OWN_HORIZON, SHARED_HORIZON = 24, 96  # trials that the averages remember
 FIRST_TRIALS = 1  # what a method's prior counts for
 PRIOR_TRIALS = 4  # what the shared rates count for at most in a new sequence
-PROBE_SHARE = 0.01  # of the time
+ALLOWANCE = 0.01  # of the time of plain decoding: what looking for gains may cost
+WEALTH = 16  # plain steps that the bank holds at most: what may be lost where a text changes for the worse
+START = 8  # plain steps in the bank at first: enough for some probes of a method that nothing is known of
 PROBE_GAP = 16  # steps of one sequence between two probes
+REST = 32  # steps of a sequence that is switched off between two looks at offers that do not change
 REPLAN = 4  # drafted steps between two decisions on the same offer
 SAMPLE = 8  # steps to one whose overhead is looked at
+ROOT, RESTED = range(1), "rested"
 NOTE_AFTER = 4  # declined steps in a row before the result says so
 MARGIN = 1.03  # what drafting must promise at least, in tokens per second of plain decoding
 RETURN_MARGIN = 0.9  # hysteresis: gains of a sequence that is switched off count this much
+
+
+def rested(seqs: Seq[Sequence], steps: Seq[Step], outcomes: Seq[Outcome]) -> list[Commit] | None:
+    """The commits for steps made by ``Planner.rest``; None for others."""
+    if steps[0].extra is not RESTED:
+        return None
+    return [
+        Commit([choose(seq, outcome, 0)], keep=ROOT, logprob_rows=ROOT)
+        for seq, outcome in zip(seqs, outcomes, strict=True)
+    ]
 
 
 def room(seq: Sequence) -> int:
@@ -44,13 +61,14 @@ class Pace:
 
     rates: Rates
     off: bool = False
+    rest: int = 0  # steps for which it does not even make an offer
+    price: float = 0.0  # seconds that the drafts of this step cost
     idle: int = 0  # declined steps in a row
     waited: int = 0  # declined steps since the last probe
     probing: int = 0  # steps that the probe under way may go on without a hit
-    memo: dict[tuple, int] = field(default_factory=dict)  # decisions, forgotten every REPLAN steps
+    memo: dict[tuple, tuple[int, float]] = field(default_factory=dict)  # (drafts, price), for REPLAN steps
     age: int = 0
     noted: bool = False
-    naps: int = 0
 
 
 class Planner:
@@ -66,7 +84,7 @@ class Planner:
         steady: bool = True,
     ):
         self.shared = Rates(prior, [FIRST_TRIALS] * len(prior), SHARED_HORIZON)
-        self.active, self._probe, self._patience = host.plan, probe, patience
+        self.active, self._probe, self._patience, self._steady = host.plan, probe, patience, steady
         self._note_after = NOTE_AFTER if steady else 8 * NOTE_AFTER
         self.target = self.draft = None
         if host.plan:
@@ -81,7 +99,9 @@ class Planner:
         self._around = (Typical(), Typical())  # from propose to commit, without the forward by its curve
         self._table: list[float] | None = None  # the curve used last
         self._longest = self.target.one if self.target is not None else 0.0  # more is waiting, not work
-        self._spent = self._paused = self._ended = self._credit = self._share = 0.0
+        self._spent = self._paused = self._ended = 0.0
+        self._plain = self._longest  # seconds of a plain step
+        self.bank = START * self._plain
         self._tick = 0
         self.level = self.row = 0.0  # tokens that the time of a draft's forward, of a row would give elsewhere
 
@@ -117,21 +137,34 @@ class Planner:
             if self._table is not None and sequences + drafted < len(self._table):
                 self._around[kind].learn(start - self._paused - self._table[sequences + drafted])
 
+    def rest(self, seqs: Seq[Sequence], paces: Seq[Pace]) -> list[Step] | None:
+        """Call before anything else in propose: the steps of plain decoding where nobody shall draft now.
+
+        ``rested`` then makes the commits. None: go on, and ask ``asleep`` for each sequence.
+        """
+        if not self.active:
+            return None
+        if self.bank >= 0.0:
+            for pace in paces:
+                if pace.rest <= 0:
+                    return None
+        for pace in paces:
+            pace.rest -= 1
+            pace.waited += 1
+        self._earn(ALLOWANCE * len(paces) * self._plain)
+        self._ended = 0.0
+        return [Step([seq.tokens[-1]], extra=RESTED) for seq in seqs]
+
     def asleep(self, seq: Sequence, pace: Pace) -> bool:
         """Whether the method is switched off for this step of ``seq`` and need not even make an offer."""
-        if not pace.off or pace.probing or pace.idle < self._note_after:
+        if pace.rest <= 0:
             return False
-        pace.idle += 1
+        pace.rest -= 1
         pace.waited += 1
-        self._credit += self._share
-        return pace.waited % PROBE_GAP != 0
+        return True
 
-    def drowsy(self, pace: Pace) -> bool:
-        """``asleep`` for a method whose offers differ: after many declined ones it need not look every time."""
-        if not pace.off or pace.probing or pace.idle <= self._note_after:
-            return False
-        pace.naps = (pace.naps + 1) % 4
-        return pace.naps != 0
+    def _earn(self, seconds: float) -> None:
+        self.bank = min(self.bank + seconds, WEALTH * self._plain)
 
     def allot(
         self, seqs: Seq[Sequence], paces: Seq[Pace], offers: Seq[Seq[float]], *, width: int = 1,
@@ -141,23 +174,27 @@ class Planner:
 
         ``tag``: what the offer of a lone sequence depends on besides its rates and length.
         """
-        if not self.active or not any(offers):
+        if not self.active:
             return [len(o) for o in offers]
+        if not any(offers):
+            self._looked(len(seqs))
+            return [0] * len(seqs)
         if len(seqs) > 1:
             return self._allot(seqs, paces, offers, width, depths, entry)
         pace = paces[0]
         key = (tag, len(offers[0]), len(seqs[0].tokens).bit_length(), pace.off)
-        count = pace.memo.get(key)
+        count, price = pace.memo.get(key, (None, 0.0))
         if count and not pace.off:
+            pace.price = price
             return [count]
         idle = pace.idle + 1
-        if count == 0 and not pace.probing and idle != self._note_after and pace.waited % PROBE_GAP:
+        if count == 0 and not pace.probing and idle != self._note_after and pace.waited < PROBE_GAP:
             pace.idle = idle
             pace.waited += 1
-            self._credit += self._share
+            self._looked(1)
             return [0]
         counts = self._allot(seqs, paces, offers, width, depths, entry)
-        pace.memo[key] = 0 if pace.off else counts[0]
+        pace.memo[key] = (0 if pace.off else counts[0], pace.price)
         return counts
 
     def _allot(
@@ -184,35 +221,46 @@ class Planner:
             target, fixed=max(0.0, self._between.value + self._around[0].value), extra=extra, width=width,
             levels=levels, depths=depths, margin=MARGIN,
         )
-        self._share = PROBE_SHARE * target[n] / n
+        self._plain = (target[n] + max(0.0, self._between.value + self._around[0].value)) / n
+        self._looked(sum(not c for c in counts))
         self.level = rate * levels[1] if levels is not None else 0.0
         self.row = rate * (target[n + width * drafts] - target[n]) / drafts
         for i, (pace, offer) in enumerate(zip(paces, offers, strict=True)):
+            once = entry[i] if entry is not None else 0.0
             if counts[i]:
                 pace.off, pace.idle, pace.probing = False, 0, 0
             elif offer:
-                price = extra[i] + (entry[i] if entry is not None else 0.0)
-                counts[i] = self._declined(seqs[i], pace, offer, n, target, levels, price, width)
+                counts[i] = self._declined(seqs[i], pace, offer, n, target, levels, own + once, width)
+            if counts[i]:
+                pace.price = own + self._rows(counts[i], n, target, levels, width)
+                self._earn(-once)
         return counts
+
+    def _looked(self, times: int) -> None:
+        """Offers were made and came to nothing: what that took, without what the time allows."""
+        self._earn(times * (ALLOWANCE * self._plain - self._own[0].value))
+
+    def _rows(self, count: int, n: int, target: Seq[float], levels: Seq[float] | None, width: int) -> float:
+        """Seconds that ``count`` drafts of one sequence add to a forward over ``n`` sequences."""
+        return target[n + width * count] - target[n] + (levels[1] * count if levels is not None else 0.0)
 
     def _declined(
         self, seq: Sequence, pace: Pace, offer: Seq[float], n: int, target: Seq[float],
-        levels: Seq[float] | None, price: float, width: int,
+        levels: Seq[float] | None, start: float, width: int,
     ) -> int:
-        """Count the step; 0, or the length of a probe that the credit pays for."""
+        """Count the step; 0, or the length of a probe that the bank can pay."""
         pace.off, pace.idle, pace.waited = True, pace.idle + 1, pace.waited + 1
-        self._credit += self._share
         if pace.idle == self._note_after and not pace.noted:
             pace.noted = True
-            self._note(seq, offer, n, target, levels, price, width)
+            self._note(seq, offer, n, target, levels, start, width)
         k = min(self._probe, len(offer))
-        price += target[n + width * k] - target[n] + (levels[1] * k if levels is not None else 0.0)
         if not pace.probing:
-            if pace.waited < PROBE_GAP or self._credit < min(price, 4 * target[1]):
+            if pace.waited < PROBE_GAP or self.bank < start + self._rows(k, n, target, levels, width):
+                if self._steady and pace.idle >= self._note_after:
+                    pace.rest = REST
                 return 0
             pace.probing = self._patience
         pace.waited = 0
-        self._credit -= price
         return k
 
     def _note(
@@ -272,7 +320,8 @@ class Planner:
             pace.memo.clear()
 
     def probed(self, pace: Pace, accepted: int) -> None:
-        """A probe that found nothing ends; one that did goes on, and weighs more."""
+        """Settle a step with drafts. A probe that found nothing ends; one that did goes on, and weighs more."""
+        self._earn((accepted + ALLOWANCE) * self._plain - pace.price)
         if pace.probing:
             pace.probing = self._patience if accepted else pace.probing - 1
             pace.rates.trials = [min(t, 6) for t in pace.rates.trials]

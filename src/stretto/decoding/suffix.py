@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from stretto.decoding.ar import require_causal
 from stretto.decoding.options import option
-from stretto.decoding.planner import Pace, Planner, room
+from stretto.decoding.planner import Pace, Planner, rested, room
 from stretto.decoding.tree import Tree
 from stretto.decoding.verify import accept_chain, accept_tree
 from stretto.engine.host import Host
@@ -167,6 +167,8 @@ class Suffix:
         return len(seq.tokens) - 1
 
     def propose(self, seqs: list[Sequence]) -> list[Step]:
+        if (resting := self.planner.rest(seqs, [s.state.pace for s in seqs])) is not None:
+            return resting
         start = self.planner.begin()
         found = [self._draft(seq, seq.state) for seq in seqs]
         offers = [gains for gains, _, _ in found]
@@ -182,6 +184,8 @@ class Suffix:
     def commit(
         self, seqs: list[Sequence], steps: list[Step], outcomes: list[Outcome]
     ) -> list[Commit]:
+        if (commits := rested(seqs, steps, outcomes)) is not None:
+            return commits
         start = time.perf_counter()
         commits, drafted = [], 0
         for seq, step, outcome in zip(seqs, steps, outcomes, strict=True):
@@ -216,8 +220,6 @@ class Suffix:
     def _draft(self, seq: Sequence, state: _State) -> tuple[list[float], Tree, list[int]]:
         """(gains, tree, keys) of the best source."""
         root = seq.tokens[-1]
-        if self.planner.drowsy(state.pace):
-            return [], Tree.rooted(root), []
         self._read(seq, state)
         limit = min(self._options.num_draft_tokens, room(seq))
         own = state.own
