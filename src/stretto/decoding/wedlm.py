@@ -122,6 +122,11 @@ class CausalDiffusion:
         if self._o.streaming or at >= state.stop:
             state.stop = at + self._o.window
         slots = range(at, min(state.stop, state.end))
+        if not state.filled:  # rows in logical order: a plain chain behind the cache
+            known, masks = state.pending, list(slots)
+            return Step(
+                [*seq.tokens[first:], *[self._mask] * len(masks)], logits=range(known, known + len(masks)), extra=masks
+            )
         masks = [i for i in slots if i not in state.filled]
         filled = sorted(state.filled)
         known = len(filled) + state.pending

@@ -42,6 +42,7 @@ class Family:
     block_size: int = 1
     shift: bool = False
     rope_fp32: bool = False
+    rope_partial: bool = False  # may config.json rotate a part of each head (partial_rotary_factor)
     rope_style: str = "new"
     names: str = "hf"
     fixed: Mapping[str, Any] = field(default_factory=dict)
@@ -169,6 +170,7 @@ FAMILIES["llada2_moe"] = Family(
     qk_norm="use_qk_norm",
     attention="block",
     block_size=32,
+    rope_partial=True,
     moe="bailing",
     names="bailing",
     rope_style="old",

@@ -136,6 +136,10 @@ class _Reader:
         params.pop("type", None)
         theta = params.pop("rope_theta", None) or self.get("rope_theta", 10000.0)
         partial = params.pop("partial_rotary_factor", None) or self.get("partial_rotary_factor", 1.0)
+        if float(partial) != 1.0 and not self.family.rope_partial:
+            raise ArchitectureError(
+                f"partial_rotary_factor={partial} is not supported for {self.model_type}: only 1"
+            )
         return RopeConfig(kind, float(theta), params, self.family.rope_fp32, float(partial))
 
     def _windows(self, layers: int) -> tuple[int | None, ...]:
