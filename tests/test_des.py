@@ -140,6 +140,17 @@ def test_decoding_shares_only_the_block(net, backend):
         assert all(batch.positions[i] < first for i in outside), "earlier blocks route freely"
 
 
+def test_the_pass_of_a_finished_block_shares_when_asked(net):
+    """One set for both blocks of a forward; prompt rows beside them stay free."""
+    eng, seen = engine(net), []
+    inner = eng.runner.forward
+    eng.runner.forward = lambda batch, *more: seen.append(batch) or inner(batch, *more)
+    options = {"moe_sharing": "vote", "moe_budget": K, "moe_commit": True}
+    run(eng, [(TEXT, greedy(20, ignore_eos=True), "diffusion", options)])
+    sizes = [len(rows) for batch in seen for _, rows in batch.sharing]
+    assert len(sizes) == len(seen) and max(sizes) == 16 and min(sizes) >= 8
+
+
 def test_the_scope_decides_about_batch_mates(net):
     def decode(scope, mates):
         eng = engine(net)

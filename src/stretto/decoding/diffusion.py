@@ -111,6 +111,10 @@ class Options:
         "filled with it (Learn2PD as published); none = decoded too, as public code does",
         choices=("stop", "fill", "none"),
     )
+    moe_commit: bool = option(
+        False, "the pass that caches a finished block shares with the next one too: fewer experts, "
+        "and its K/V is then approximate",
+    )
     infill: bool = option(False, "fill mask tokens inside the prompt too (full attention)")
 
 
@@ -162,7 +166,8 @@ class Diffusion:
         if self._sharing is not None:
             for seq, step in zip(seqs, steps, strict=True):
                 canvas, block = seq.state, self._host.config.attention == "block"
-                span = (canvas.base, len(canvas.ids)) if block else (canvas.start, canvas.stop)
+                first = canvas.base - self._host.config.block_size * self._options.moe_commit
+                span = (first, len(canvas.ids)) if block else (canvas.start, canvas.stop)
                 step.sharing = self._sharing, block_rows(step, *span)
         return steps
 

@@ -131,11 +131,12 @@ def _zoo(quick: bool) -> dict[str, Any]:
     rules: dict[str, Any] = {"vanilla": None}
     rules |= {f"seq k0={k}": SharedByTop(k) for k in ((1,) if quick else (1, 2, 3))}
     rules |= {f"vote M={m}": SharedByVote(m) for m in budgets}
+    rules |= {f"vote M={m}, finished block too": SharedByVote(m) for m in budgets}
     draw = random.Random(5)
     rules |= {f"random M={m}": _Fixed(tuple(draw.sample(range(moe.experts), m))) for m in budgets}
     out, vanilla = {}, None
     for name, rule in rules.items():
-        row = _decoded(llm, items, rule)
+        row = _decoded(llm, items, rule, commit="finished" in name)
         vanilla = vanilla or row["texts"]
         row["equal"] = round(sum(a == b for a, b in zip(row.pop("texts"), vanilla, strict=True)) / len(items), 3)
         out[name] = row
@@ -146,13 +147,16 @@ def _zoo(quick: bool) -> dict[str, Any]:
     return out
 
 
-def _decoded(llm: Any, items: list[Any], rule: Any, top_k: int | None = None) -> dict[str, Any]:
+def _decoded(
+    llm: Any, items: list[Any], rule: Any, top_k: int | None = None, commit: bool = False
+) -> dict[str, Any]:
     """Greedy block diffusion of all prompts with one rule."""
     from stretto.engine.params import SamplingParams
     from stretto.experts.sharing import measured
     from stretto.models.moe import SparseMLP
 
-    method = llm.method("diffusion", {})
+    options = {"moe_commit": commit}
+    method = llm.method("diffusion", options)
     layers = [m for m in llm.runner.model.modules() if isinstance(m, SparseMLP)]
     facts = layers[0].facts
     for layer in layers:
@@ -162,7 +166,8 @@ def _decoded(llm: Any, items: list[Any], rule: Any, top_k: int | None = None) ->
         with measured(llm.runner.model) as meter:
             params = [SamplingParams(max_tokens=i.max_tokens, temperature=0.0) for i in items]
             outs = [
-                llm.generate([i.prompt], p, method="diffusion")[0] for i, p in zip(items, params, strict=True)
+                llm.generate([i.prompt], p, method="diffusion", options=options)[0]
+                for i, p in zip(items, params, strict=True)
             ]
     finally:
         method._sharing = None
