@@ -123,15 +123,13 @@ def test_the_cache_is_exact_after_every_commit(net, backend):
 
 
 def fresh(eng, text):
-    """Keys and values of ``text``, evaluated alone in one forward."""
-    from stretto.engine.runner import _chain
-
-    slots = eng.runner.alloc.alloc(len(text))
-    b = _chain(slots[:0], slots, len(text))
-    b.tokens[:] = text
-    eng.runner.forward(b)
+    """Keys and values of ``text``, evaluated by plain decoding in one forward."""
+    (stream,) = eng.add(list(text), greedy(2, ignore_eos=True), make("ar", eng.host))
+    eng.step()
+    slots = stream.seq.view.slots[: len(text)].copy()
+    assert len(slots) == len(text)
     out = [x[:, slots].clone() for x in (eng.runner.pool.k, eng.runner.pool.v)]
-    eng.runner.alloc.release(slots)
+    eng.abort(stream)
     return out
 
 
