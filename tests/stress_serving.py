@@ -34,8 +34,8 @@ def rss(pid: int) -> float:
 class Clients:
     def __init__(self, server: Server, solo: list[str]):
         self.server, self.solo = server, solo
-        self.counts = dict(whole=0, streamed=0, left=0, refused=0, wrong=0)
-        self.lock, self.stop = threading.Lock(), False
+        self.counts = dict(whole=0, streamed=0, left=0, refused=0, wrong=0, unhealthy=0)
+        self.lock, self.stop, self.first = threading.Lock(), False, None
 
     def count(self, name: str) -> None:
         with self.lock:
@@ -45,7 +45,11 @@ class Clients:
         rng = random.Random(seed)
         while not self.stop:
             i, way = rng.randrange(48), rng.choice(["wait", "stream", "stream", "leave", "leave waiting"])
-            self.one(i, rng.choice(METHODS), way, rng)
+            try:
+                self.one(i, rng.choice(METHODS), way, rng)
+            except Exception as error:  # a client that fails is a wrong answer, never one fewer client
+                self.count("wrong")
+                self.first = self.first or f"{way}: {type(error).__name__}: {error}"
 
     def one(self, i: int, method: str, way: str, rng: random.Random) -> None:
         connection = http.client.HTTPConnection(urlsplit(self.server.url).netloc, timeout=300)
@@ -67,7 +71,7 @@ class Clients:
             text = json.loads(answer.read())["choices"][0]["text"]
             self.count("whole" if text == self.solo[i] else "wrong")
         else:
-            events = [e for e in answer.read().decode().split("\n\n") if e]
+            events = [e for e in answer.read().decode().split("\n\n") if e.startswith("data: ")]  # not the pings
             chunks = [c for e in events[:-1] for c in json.loads(e[6:])["choices"]]
             text, ends = "".join(c["text"] for c in chunks), sum(bool(c["finish_reason"]) for c in chunks)
             self.count("streamed" if text == self.solo[i] and ends == 1 and events[-1] == "data: [DONE]" else "wrong")
@@ -84,7 +88,8 @@ def main(minutes: float, clients: int) -> int:
     start, memory = time.monotonic(), []
     while time.monotonic() - start < 60 * minutes:
         time.sleep(min(15, 60 * minutes / 8))
-        memory.append(rss(server.get("/health", timeout=120)[2]["pid"]))
+        status, _, health = server.get("/health", timeout=120)
+        crowd.count("unhealthy") if status != 200 else memory.append(rss(health["pid"]))
     crowd.stop = True
     for thread in threads:
         thread.join(300)
@@ -93,10 +98,11 @@ def main(minutes: float, clients: int) -> int:
         time.sleep(0.1)
     clean = health["running"] == health["waiting"] == health["requests"] == 0 and health["used"] == health["prefix"]
     code = server.stop()
-    half = len(memory) // 2
-    grown = max(memory[half:]) - max(memory[:half])
-    good = clean and code == 0 and not crowd.counts["wrong"] and not any(t.is_alive() for t in threads) and grown < 64
-    print(json.dumps({"good": good, "clients": clients, "minutes": minutes, **crowd.counts, "slots_free": clean,
+    half = max(1, len(memory) // 2)
+    grown = max(memory[half:], default=0.0) - max(memory[:half], default=0.0)
+    bad = crowd.counts["wrong"] + crowd.counts["unhealthy"] + sum(t.is_alive() for t in threads)
+    good = clean and code == 0 and not bad and grown < 64
+    print(json.dumps({"good": good, "clients": clients, "minutes": minutes, **crowd.counts, "slots_free": clean, "first_failure": crowd.first,
                       "engine_mib": [round(m) for m in memory], "grown_mib": round(grown, 1), "exit": code}))
     return 0 if good else 1
 

@@ -8,7 +8,7 @@ import pytest
 
 from stretto.errors import CapacityError, EngineError
 from stretto.serving.link import Channel
-from stretto.serving.protocol import encode, receive
+from stretto.serving.protocol import encode, merge, receive
 from stretto.serving.tools import Reader, as_text, schema
 
 CALLS = [{"name": "f", "arguments": {"a": "}]\"{", "b": [1, {"c": 2}]}}, {"name": "g", "arguments": {}}]
@@ -83,6 +83,21 @@ def test_a_slow_reader_gets_bigger_pieces_and_is_given_up_at_the_cap():
             await channel.take()
 
     asyncio.run(scenario())
+
+
+def test_what_waits_for_a_slow_front_goes_as_one_message():
+    def step(*events):
+        return {"op": "step", "events": list(events), "stats": {"running": len(events)}}
+
+    messages = [
+        {"op": "added", "id": "r"}, step(event("a"), event("x", 1)), {"op": "result", "call": 1, "value": 2},
+        step(event("b", finish="stop", cost={"forwards": 2})), {"op": "error", "id": "q", "error": {}}, step(event("y", 1)),
+    ]
+    added, result, one, error = merge(messages)
+    assert (added["op"], result["op"], error["op"]) == ("added", "result", "error") and one["stats"] == {"running": 1}
+    first, second = one["events"]
+    assert (first["text"], first["tokens"], first["finish"], second["text"]) == ("ab", [1, 1], "stop", "xy")
+    assert messages[1]["events"][0]["text"] == "a" and merge(messages[:3]) == messages[:3]  # the originals stay
 
 
 def test_a_refused_request_raises_before_its_first_event():

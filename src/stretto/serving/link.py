@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stretto.errors import CapacityError, EngineError, InputError, StrettoError, UnsupportedError
-from stretto.serving.protocol import encode, read
+from stretto.serving.protocol import encode, merge_event, read
 
 __all__ = ["Channel", "DeadlineError", "Link"]
 
@@ -76,10 +76,7 @@ class Channel:
         if held is None:
             self._held[event["choice"]] = event
         else:
-            for key in ("text", "tokens", "forwards", "logprobs"):
-                if key in event:
-                    held[key] += event[key]
-            held |= {k: event[k] for k in ("finish", "stop", "cost") if k in event}
+            merge_event(held, event)
         self._bytes += len(event["text"]) + 16 * len(event["tokens"])
         self._open -= "finish" in event
         self._wake.set()

@@ -23,7 +23,7 @@ import json
 import socket
 from typing import Any
 
-__all__ = ["LIMIT", "encode", "read", "receive"]
+__all__ = ["LIMIT", "encode", "merge", "merge_event", "read", "receive"]
 
 LIMIT = 1 << 28  # bytes of a frame; more is a bug, not a message
 
@@ -34,6 +34,31 @@ def encode(message: dict[str, Any]) -> bytes:
     if len(body) > LIMIT:
         raise ValueError(f"a message of {len(body)} bytes: at most {LIMIT}")
     return len(body).to_bytes(4, "big") + body
+
+
+def merge_event(held: dict[str, Any], event: dict[str, Any]) -> None:
+    """Append what ``event`` says to ``held``, an earlier event of the same choice."""
+    for key in ("text", "tokens", "forwards", "logprobs"):
+        if key in event:
+            held[key] = held[key] + event[key]
+    held.update({k: event[k] for k in ("finish", "stop", "cost") if k in event})
+
+
+def merge(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same news in fewer messages: the steps become one, behind what was queued or answered, before the errors."""
+    steps = [m for m in messages if m["op"] == "step"]
+    if len(steps) < 2:
+        return messages
+    events: dict[tuple[str, int], dict[str, Any]] = {}
+    for event in [e for m in steps for e in m["events"]]:
+        held = events.get((event["id"], event["choice"]))
+        if held is None:
+            events[event["id"], event["choice"]] = dict(event)
+        else:
+            merge_event(held, event)
+    step = {"op": "step", "events": list(events.values()), "stats": steps[-1]["stats"]}
+    last = [m for m in messages if m["op"] in ("error", "failed")]
+    return [*(m for m in messages if m["op"] not in ("step", "error", "failed")), step, *last]
 
 
 def receive(sock: socket.socket) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ from stretto.engine.params import SamplingParams
 from stretto.errors import StrettoError, UnsupportedError
 from stretto.llm import LLM
 from stretto.serving.loop import Loop, error_of
-from stretto.serving.protocol import encode, receive
+from stretto.serving.protocol import encode, merge, receive
 
 __all__ = ["Prepare", "main", "open_llm"]
 
@@ -118,9 +118,15 @@ def _read(sock: socket.socket, deliver: Prepare) -> None:
 
 
 def _write(sock: socket.socket, out: queue.SimpleQueue[dict[str, Any] | None]) -> None:
-    while (message := out.get()) is not None:
+    """Send what there is. While the front is slow messages wait, and go as one: what waits is bounded by what runs."""
+    ended = False
+    while not ended:
+        messages = [out.get()]
+        while not out.empty():
+            messages.append(out.get())
+        ended = None in messages
         try:
-            sock.sendall(encode(message))
+            sock.sendall(b"".join(map(encode, merge([m for m in messages if m is not None]))))
         except OSError:
             os._exit(0)
 
