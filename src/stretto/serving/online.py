@@ -55,7 +55,7 @@ class Settings:
     model: str
     folder: str
     heads: int = 4
-    lr: float = 2e-3
+    lr: float = 6e-3
     cross_entropy: float = 0.5
     batch: int = 8
     sync: int = 40
