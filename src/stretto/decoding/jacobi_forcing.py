@@ -35,8 +35,8 @@ PROBE_BRANCH = 16  # steps of one sequence to one whose branches are verified al
 class Options:
     """Jacobi decoding of several blocks (Jacobi Forcing, 2025); small defaults, for a forward of about 8 rows."""
 
-    block_size: int = option(4, "n: tokens of a block, the known first one included", low=2, high=64)
-    num_blocks: int = option(3, "K: most blocks in flight", low=1, high=8)
+    block_size: int = option(8, "n: tokens of a block, the known first one included", low=2, high=64)
+    num_blocks: int = option(2, "K: most blocks in flight", low=1, high=8)
     spawn_ratio: float = option(
         0.25, "r: accepted share of the newest block from which the next one is spawned", low=0.01, high=1.0
     )
