@@ -3,15 +3,13 @@
    row's bits do not depend on where context ends and local rows begin, nor on who else is in the batch.
 
    A query is one head of one row. An item of work is one kv head of some neighbouring rows; of these, the queries
-   that see the same chunk run QUERIES at a time, so that a key loaded once serves several. */
+   that see the same chunk share its keys, laid side by side in a tile, and run QUERIES at a time. A score is a sum
+   over the head's dimensions in order. */
 #include "native.h"
-#if defined(__AVX__)
-#include <immintrin.h>
-#endif
-
-#define CHUNK 64  /* keys: 16 KB each of K and V at D = 64 */
-#define QUERIES 3 /* with 4 keys, or 4 vectors of a value: 12 accumulators */
-#define ROWS 16   /* rows of an item, at most */
+#define CHUNK 64 /* keys: 16 KB each of K and V at D = 64 */
+#define GROUPS (CHUNK / VL)
+#define QUERIES (VL == 16 ? 6 : 3) /* with 4 vectors of keys, or of a value: 24 accumulators of 32, or 12 of 16 */
+#define ROWS 16 /* rows of an item, at most */
 
 INLINE vf load_kv(const char *p, int i, const int bf16) {
     if (!bf16) return load((const float *)p + i);
@@ -24,52 +22,59 @@ INLINE float one_kv(const char *p, int i, const int bf16) {
     return bf16 ? bf16_to_float(((const uint16_t *)p)[i]) : ((const float *)p)[i];
 }
 
-/* out[j] = sum of the lanes of a[j], j < 4 */
-INLINE void sum_four(const vf *a, float *out) {
-#if defined(__AVX__) && VL >= 8
-    __m256 h[4], q[2], u;
-    for (int j = 0; j < 4; j++) {
-#if VL == 8
-        h[j] = (__m256)a[j];
+#if VL == 16
+#define ZIP_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define ZIP_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif VL == 8
+#define ZIP_LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define ZIP_HIGH 4, 12, 5, 13, 6, 14, 7, 15
 #else
-        float part[VL];
-        store(part, a[j]);
-        h[j] = _mm256_add_ps(_mm256_loadu_ps(part), _mm256_loadu_ps(part + 8));
+#define ZIP_LOW 0, 4, 1, 5
+#define ZIP_HIGH 2, 6, 3, 7
 #endif
+#ifdef __clang__
+#define ZIP(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define ZIP(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
+#endif
+
+/* tile [D][CHUNK] = the n keys, side by side; a multiple of VL of pointers is read. */
+INLINE void transpose(const char *const *keys, int n, int D, float *tile, const int bf16) {
+    for (int j = 0; j < n; j += VL) {
+        int d = 0;
+        for (; d + VL <= D; d += VL) {
+            vf a[VL], b[VL];
+            UNROLL for (int i = 0; i < VL; i++) a[i] = load_kv(keys[j + i], d, bf16);
+            for (int w = VL; w > 1; w /= 2) { /* each round interleaves row i with row i + VL / 2 */
+                UNROLL for (int i = 0; i < VL / 2; i++) {
+                    b[2 * i] = ZIP(a[i], a[i + VL / 2], ZIP_LOW);
+                    b[2 * i + 1] = ZIP(a[i], a[i + VL / 2], ZIP_HIGH);
+                }
+                UNROLL for (int i = 0; i < VL; i++) a[i] = b[i];
+            }
+            UNROLL for (int i = 0; i < VL; i++) store(tile + (d + i) * CHUNK + j, a[i]);
+        }
+        for (; d < D; d++)
+            for (int i = 0; i < VL; i++) tile[d * CHUNK + j + i] = one_kv(keys[j + i], d, bf16);
     }
-    for (int j = 0; j < 2; j++) /* two of them share a register from here: a0+a2 a1+a3 b0+b2 b1+b3 */
-        q[j] = _mm256_add_ps(
-            _mm256_blend_ps(h[2 * j], h[2 * j + 1], 0xcc), _mm256_shuffle_ps(h[2 * j], h[2 * j + 1], 0x4e));
-    u = _mm256_add_ps(_mm256_shuffle_ps(q[0], q[1], 0x88), _mm256_shuffle_ps(q[0], q[1], 0xdd));
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(u), _mm256_extractf128_ps(u, 1)));
-#else
-    for (int j = 0; j < 4; j++) out[j] = sum_lanes(a[j]);
-#endif
 }
 
-/* s[i][j] = q[i] . keys[j] for nq queries and nk keys */
-INLINE void dots(
-    const int nq, const int nk, const float *const *q, const char *const *keys, int D, float (*s)[CHUNK], int bf16) {
-    vf a[QUERIES * 8];
-    int d = 0;
-    UNROLL for (int i = 0; i < nq * nk; i++) a[i] = splat(0.0f);
-    for (; d + VL <= D; d += VL) {
-        vf qv[QUERIES]; /* with the accumulators and one key: all 16 registers of AVX2 */
-        UNROLL for (int i = 0; i < nq; i++) {
-            qv[i] = load(q[i] + d);
-            KEEP(qv[i]);
+/* s[i][0 : ng VL] = q[i] . keys, over d in order, for nq queries and ng groups of keys of a tile */
+INLINE void dots(const int nq, const int ng, const float *const *q, const float *tile, int D, float (*s)[CHUNK]) {
+    vf a[QUERIES * 4];
+    UNROLL for (int i = 0; i < nq * ng; i++) a[i] = splat(0.0f);
+    for (int d = 0; d < D; d++) {
+        vf k[4];
+        UNROLL for (int g = 0; g < ng; g++) {
+            k[g] = load(tile + d * CHUNK + g * VL);
+            KEEP(k[g]);
         }
-        UNROLL for (int j = 0; j < nk; j++) {
-            vf k = load_kv(keys[j], d, bf16);
-            KEEP(k);
-            UNROLL for (int i = 0; i < nq; i++) a[i * nk + j] += qv[i] * k;
+        UNROLL for (int i = 0; i < nq; i++) {
+            const float x = q[i][d];
+            UNROLL for (int g = 0; g < ng; g++) a[i * ng + g] += x * k[g];
         }
     }
-    for (int i = 0; i < nq; i++)
-        for (int j = 0; j < nk; j += 4) sum_four(a + i * nk + j, s[i] + j);
-    for (; d < D; d++)
-        for (int i = 0; i < nq; i++)
-            for (int j = 0; j < nk; j++) s[i][j] += q[i][d] * one_kv(keys[j], d, bf16);
+    UNROLL for (int i = 0; i < nq * ng; i++) store(s[i / ng] + i % ng * VL, a[i]);
 }
 
 /* out[i][d : d + nv VL] += sum over n keys of p[i][j] values[j] */
@@ -99,6 +104,7 @@ INLINE void mix(
     if (nq == 1)
         for (; d + 8 * VL <= D; d += 8 * VL) mix_part(nq, 8, p, values, n, d, out, bf16);
     for (; d + 4 * VL <= D; d += 4 * VL) mix_part(nq, 4, p, values, n, d, out, bf16);
+    for (; d + 2 * VL <= D; d += 2 * VL) mix_part(nq, 2, p, values, n, d, out, bf16);
     for (; d + VL <= D; d += VL) mix_part(nq, 1, p, values, n, d, out, bf16);
     for (; d < D; d++)
         for (int i = 0; i < nq; i++)
@@ -113,10 +119,7 @@ INLINE void update(float *s, int n, float *top, float *sum, float *out, int D) {
         vf v = load(s + j);
         high = pick(v > high, v, high);
     }
-    float lanes[VL], best;
-    store(lanes, high);
-    best = lanes[0];
-    for (int i = 1; i < VL; i++) best = lanes[i] > best ? lanes[i] : best;
+    const float best = max_lanes(high);
     vf total = splat(0.0f);
     for (int j = 0; j < n; j += VL) {
         vf e = vexp(load(s + j) - best);
@@ -173,13 +176,14 @@ typedef struct {
 } Query;
 
 INLINE void some_queries(
-    const int nq, Query *const *query, const char *const *keys, const char *const *values, int n, int D, int bf16) {
+    const int nq, Query *const *query, const float *tile, const char *const *values, int n, int D, int bf16) {
     float s[QUERIES][CHUNK] __attribute__((aligned(64)));
     const float *q[QUERIES];
     float *out[QUERIES];
     for (int i = 0; i < nq; i++) q[i] = query[i]->q, out[i] = query[i]->out;
-    const int nk = nq == 1 ? 8 : 4;
-    for (int j = 0; j < n; j += nk) dots(nq, nk, q, keys + j, D, (float(*)[CHUNK])(s[0] + j), bf16);
+    int j = 0;
+    for (; j + 3 * VL < n; j += 4 * VL) dots(nq, 4, q, tile + j, D, (float(*)[CHUNK])(s[0] + j));
+    for (; j < n; j += VL) dots(nq, 1, q, tile + j, D, (float(*)[CHUNK])(s[0] + j));
     for (int i = 0; i < nq; i++) update(s[i], n, &query[i]->top, &query[i]->sum, out[i], D);
     mix(nq, s, values, n, D, out, bf16);
 }
@@ -187,25 +191,35 @@ INLINE void some_queries(
 /* One more chunk for all queries that see it: n keys in slots. base: where slot 0 of this kv head starts. */
 static void chunk_queries(
     Query *const *queries, int count, const int32_t *slots, int n, const char *k_base, const char *v_base,
-    int64_t pitch, int D, int bf16) {
+    int64_t pitch, int D, int bf16, float *tile) {
     const char *keys[CHUNK], *values[CHUNK];
     for (int j = 0; j < n; j++) keys[j] = k_base + slots[j] * pitch, values[j] = v_base + slots[j] * pitch;
-    for (int j = n; j % 8; j++) keys[j] = keys[n - 1]; /* computed, then masked */
+    for (int j = n; j % VL; j++) keys[j] = keys[n - 1]; /* computed, then masked */
+    if (bf16) transpose(keys, n, D, tile, 1);
+    else transpose(keys, n, D, tile, 0);
     const int blocks = (count + QUERIES - 1) / QUERIES;
     for (int i = 0; i < blocks; i++) { /* blocks of nearly equal size */
         const int at = count * i / blocks, nq = count * (i + 1) / blocks - at;
-#define CASE(N, BF16) some_queries(N, queries + at, keys, values, n, D, BF16)
-        if (bf16) nq == 1 ? CASE(1, 1) : nq == 2 ? CASE(2, 1) : CASE(3, 1);
-        else nq == 1 ? CASE(1, 0) : nq == 2 ? CASE(2, 0) : CASE(3, 0);
+#define CASE(N) \
+    case N: \
+        if (bf16) some_queries(N, queries + at, tile, values, n, D, 1); \
+        else some_queries(N, queries + at, tile, values, n, D, 0); \
+        break
+        switch (nq) {
+            CASE(1); CASE(2); CASE(3);
+#if VL == 16
+            CASE(4); CASE(5); CASE(6);
+#endif
+        }
     }
 }
 
-/* Scratch of one thread: for each of ROWS rows R queries and their outputs, and the kept lists. */
+/* Scratch of one thread: a tile of keys; for each of ROWS rows R queries and their outputs, and the kept lists. */
 static size_t query_bytes(const Model *m) { return (size_t)ROWS * (m->A / m->G) * (sizeof(Query) + sizeof(Query *)); }
 static size_t out_bytes(const Model *m) { return (size_t)ROWS * (m->A / m->G) * m->D * 4; }
 
 size_t attention_bytes(const Model *m, int64_t keys) {
-    return (query_bytes(m) + out_bytes(m) + ROWS * keys * 4 + 63) / 64 * 64;
+    return ((size_t)m->D * CHUNK * 4 + query_bytes(m) + out_bytes(m) + ROWS * keys * 4 + 63) / 64 * 64;
 }
 
 /* Kv head g of rows row0 .. row0 + rows - 1. qkv [n, (A + 2 G) D], out [n, A D]. */
@@ -214,6 +228,8 @@ static void item(
     char *scratch, int64_t keys) {
     const int D = m->D, R = m->A / m->G, es = b->kv_bf16 ? 2 : 4;
     const int64_t base = ((int64_t)layer * b->S * m->G + g) * D * es, pitch = (int64_t)m->G * D * es;
+    float *tile = (float *)scratch;
+    scratch += (size_t)D * CHUNK * 4;
     Query *queries = (Query *)scratch, **chosen = (Query **)(queries + ROWS * R);
     float *outs = (float *)(scratch + query_bytes(m));
     int32_t *kept = (int32_t *)(scratch + query_bytes(m) + out_bytes(m));
@@ -238,7 +254,7 @@ static void item(
             const int32_t *slots_i = list_slots(&lists[i], b, first, n_i, buffer[slots == buffer[0]]);
             if (count && (n_i != n || (slots_i != slots && memcmp(slots_i, slots, n * sizeof *slots)))) {
                 chunk_queries(
-                    chosen, count, slots, n, (char *)b->k_pool + base, (char *)b->v_pool + base, pitch, D, b->kv_bf16);
+                    chosen, count, slots, n, (char *)b->k_pool + base, (char *)b->v_pool + base, pitch, D, b->kv_bf16, tile);
                 count = 0;
             }
             if (!count) slots = slots_i, n = n_i;
@@ -246,7 +262,7 @@ static void item(
         }
         if (count)
             chunk_queries(
-                chosen, count, slots, n, (char *)b->k_pool + base, (char *)b->v_pool + base, pitch, D, b->kv_bf16);
+                chosen, count, slots, n, (char *)b->k_pool + base, (char *)b->v_pool + base, pitch, D, b->kv_bf16, tile);
     }
     for (int e = 0; e < rows * R; e++) {
         float *o = out + ((row0 + e / R) * m->A + g * R + e % R) * D;

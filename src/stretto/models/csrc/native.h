@@ -21,6 +21,9 @@
 #define VL 4
 #endif
 #endif
+#if VL == 16
+#include <immintrin.h>
+#endif
 #define PW (2 * VL) /* columns of a panel of weights */
 #if defined(__AVX512FP16__) && VL == 16
 #define HALF 1 /* there are products in half precision */
@@ -159,6 +162,10 @@ INLINE vf vexp(vf x) {
     return pick(small, splat(0.0f), y);
 }
 
+#if VL == 16
+INLINE float sum_lanes(vf v) { return _mm512_reduce_add_ps((__m512)v); }
+INLINE float max_lanes(vf v) { return _mm512_reduce_max_ps((__m512)v); }
+#else
 INLINE float sum_lanes(vf v) {
     float a[VL];
     store(a, v);
@@ -166,6 +173,13 @@ INLINE float sum_lanes(vf v) {
         for (int i = 0; i < w; i++) a[i] += a[i + w];
     return a[0];
 }
+
+INLINE float max_lanes(vf v) {
+    float most = v[0];
+    for (int i = 1; i < VL; i++) most = v[i] > most ? v[i] : most;
+    return most;
+}
+#endif
 
 /* ---- threads: one parallel region a forward, of phases; a phase is over when all of its items are done ---- */
 
