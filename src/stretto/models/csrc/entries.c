@@ -34,7 +34,7 @@ void enter_rows(Run *r, int *phase, int thread, int layer, float *x) {
     for (int64_t e = 0; e < r->b->n_entries; e++) {
         const Entry *n = &r->b->entries[e];
         if (n->layer != layer) continue;
-        Product p = {n->matrix, x, n->sources, x + (int64_t)n->first * H, n->n, H, H, STORE, NULL, 0};
+        Product p = {n->matrix, x, n->sources, x + (int64_t)n->first * H, n->n, H, H, STORE, NULL, 0, NULL};
         product(r, phase, thread, &p);
     }
 }

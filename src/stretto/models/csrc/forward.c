@@ -13,11 +13,13 @@
 #define PHASES 16     /* of a layer, at most */
 #define ALIGN(x) (((size_t)(x) + 63) / 64 * 64)
 
-void finish_phase(const Items *it) {
-    Counter *c = &it->r->counters[it->phase];
+void finish_phase(Items *it) {
+    Run *r = it->r;
+    Counter *c = &r->counters[it->phase];
     if (it->mine) __atomic_fetch_add(&c->done, it->mine, __ATOMIC_RELEASE);
     for (int i = 0; __atomic_load_n(&c->done, __ATOMIC_ACQUIRE) < it->items; i++) {
-        if (i < SPINS) PAUSE();
+        if (r->more < r->more_end) __builtin_prefetch(r->more, 0, 2), r->more += 64;
+        else if (i < SPINS) PAUSE();
         else sched_yield();
     }
 }
@@ -140,9 +142,9 @@ static void expert_products(Run *r, int phase, int thread, const Layer *l, int u
         const int e = (int)(i / chunks), first = (int)(i % chunks) * chunk;
         const int64_t at = w->starts[e], n = w->starts[e + 1] - at;
         if (!n) continue;
-        Product p = {&mats[e], h, w->row_of + at, w->act + at * w->act_ld, n, H, w->act_ld, STORE, NULL, 0};
-        if (!up) p = (Product){&mats[e], w->act + at * w->act_ld, NULL, w->y + at * H, n, w->act_ld, H, STORE, NULL, 0};
-        product_part(&p, first, first + chunk < all ? first + chunk : all);
+        Product p = {&mats[e], h, w->row_of + at, w->act + at * w->act_ld, n, H, w->act_ld, STORE, NULL, 0, NULL};
+        if (!up) p = (Product){&mats[e], w->act + at * w->act_ld, NULL, w->y + at * H, n, w->act_ld, H, STORE, NULL, 0, NULL};
+        product_part(&p, first, first + chunk < all ? first + chunk : all, NULL);
     }
     finish_phase(&it);
 }
@@ -161,19 +163,19 @@ static void combine_rows(Run *r, int phase, int thread, const Layer *l) {
     finish_phase(&it);
 }
 
-static void mlp(Run *r, int *phase, int thread, const Layer *l) {
+static void mlp(Run *r, int *phase, int thread, const Layer *l, const Mat *then) {
     const int H = r->m->H;
     const int64_t n = r->b->n;
     const float eps = r->m->eps;
     Work *w = r->work;
     if (!l->experts) {
-        Product up = {&l->gate_up, w->x, NULL, w->act, n, H, w->act_ld, STORE, l->norm2, eps};
-        Product down = {&l->down, w->act, NULL, w->x, n, w->act_ld, H, ADD, NULL, 0};
+        Product up = {&l->gate_up, w->x, NULL, w->act, n, H, w->act_ld, STORE, l->norm2, eps, &l->down};
+        Product down = {&l->down, w->act, NULL, w->x, n, w->act_ld, H, ADD, NULL, 0, then};
         product(r, phase, thread, &up);
         product(r, phase, thread, &down);
         return;
     }
-    Product router = {&l->router, w->x, NULL, w->scores, n, H, w->scores_ld, STORE, l->norm2, eps};
+    Product router = {&l->router, w->x, NULL, w->scores, n, H, w->scores_ld, STORE, l->norm2, eps, NULL};
     product(r, phase, thread, &router);
     route_rows(r, (*phase)++, thread, l);
     Items it = items_of(r, (*phase)++, thread, 1);
@@ -198,20 +200,20 @@ static void body(Run *r, int thread) {
         there.n = rows_at(whole, i);
         enter_rows(r, &phase, thread, i, w->x);
         const Layer *l = &m->layers[i];
-        Product qkv = {&l->qkv, w->x, NULL, w->qkv, b->n, H, width, STORE, l->norm1, m->eps};
-        Product o = {&l->o, w->att, NULL, w->x, b->n, m->A * m->D, H, ADD, NULL, 0};
+        Product qkv = {&l->qkv, w->x, NULL, w->qkv, b->n, H, width, STORE, l->norm1, m->eps, &l->o};
+        Product o = {&l->o, w->att, NULL, w->x, b->n, m->A * m->D, H, ADD, NULL, 0, l->experts ? NULL : &l->gate_up};
         tap_rows(r, &phase, thread, NULL, b->taps[i]);
         product(r, &phase, thread, &qkv);
         attention(r, &phase, thread, i, w->qkv, w->att, w->attention + thread * w->attention_each, w->keys);
         product(r, &phase, thread, &o);
-        mlp(r, &phase, thread, l);
+        mlp(r, &phase, thread, l, i + 1 < m->layers_n ? &m->layers[i + 1].qkv : b->k ? &m->head : NULL);
     }
     there.n = rows_at(whole, m->layers_n);
     enter_rows(r, &phase, thread, m->layers_n, w->x);
     tap_rows(r, &phase, thread, NULL, b->taps[m->layers_n]);
     tap_rows(r, &phase, thread, m->norm, b->taps[m->layers_n + 1]);
     if (!b->k) return;
-    Product head = {&m->head, w->x, b->logit_rows, b->logits, b->k, H, m->V, STORE, m->norm, m->eps};
+    Product head = {&m->head, w->x, b->logit_rows, b->logits, b->k, H, m->V, STORE, m->norm, m->eps, NULL};
     product(r, &phase, thread, &head);
 }
 
@@ -356,7 +358,8 @@ int stretto_halves(void) { return HALF; }
 
 static void product_body(Run *r, int thread) {
     int phase = 0;
-    product(r, &phase, thread, r->work);
+    Run own = *r;
+    product(&own, &phase, thread, r->work);
 }
 
 /* out [n, N] = x [n, K] of the linear; 0, or -1: out of memory */
@@ -367,7 +370,7 @@ int stretto_linear(Team *team, const Mat *m, const float *x, int64_t n, float *o
     void *memory;
     if (posix_memalign(&memory, 64, counters + taken + own)) return -1;
     memset(memory, 0, counters + taken);
-    Product p = {m, x, NULL, out, n, m->k, m->n, STORE, NULL, 0};
+    Product p = {m, x, NULL, out, n, m->k, m->n, STORE, NULL, 0, NULL};
     Run r = {
         .body = product_body, .team = team, .counters = memory, .taken = (int32_t *)((char *)memory + counters),
         .phases = 16, .own = (char *)memory + counters + taken, .own_each = own_each, .work = &p};

@@ -15,8 +15,7 @@
 #define MB 96       /* rows of a tile */
 #define MR 16       /* rows of a register block */
 #define PAIR 8      /* up to so many rows run through two panels at once: two streams from memory */
-#define NEAR 2048   /* bytes ahead of the weights in use that are fetched into L1, */
-#define FAR 16384   /* and on top of these, into L2 */
+#define NEAR 2048   /* bytes ahead of the weights in use that are fetched into L1; the next block is into L2 */
 
 /* Packed rows: groups of four, [group][k][4] halves, so that few pointers reach many rows; then the rows' factors. */
 size_t half_bytes(int64_t n, int64_t k) { return (size_t)(n + 3) / 4 * k * 8 + (size_t)(n + 3) / 4 * 16; }
@@ -89,7 +88,7 @@ void half_pack(const Product *p, int64_t first, int64_t last, char *packed) {
    the next group is ``group`` halves away. */
 INLINE void block(
     const int mr, const int np, const uint16_t *x, size_t group, int k0, int kb, const char *w, size_t panel, float *tile,
-    const char *ahead) {
+    const char *ahead, const char *far) {
     const uint16_t *g[MR / 4];
     UNROLL for (int i = 0; i < (mr + 3) / 4; i++) g[i] = x + i * group;
     for (int first = 0; first < kb; first += SUM) {
@@ -102,7 +101,7 @@ INLINE void block(
                 wv[c] = _mm512_loadu_ph(w + c * panel + k * 64);
                 KEEP(wv[c]);
                 __builtin_prefetch(ahead + c * panel + k * 64, 0, 3);
-                __builtin_prefetch(ahead + c * panel + k * 64 + FAR, 0, 2);
+                __builtin_prefetch(far + c * panel + k * 64, 0, 2);
             }
             UNROLL for (int r = 0; r < mr; r++) UNROLL for (int c = 0; c < np; c++)
                 __asm__("vfmadd231ph %2%{1to32%}, %1, %0" : "+v"(acc[r][c]) : "v"(wv[c]), "m"(g[r / 4][4 * k + r % 4]));
@@ -119,9 +118,9 @@ INLINE void block(
 
 static void rows_block(
     int mr, int np, const uint16_t *x, size_t group, int k0, int kb, const char *w, size_t panel, float *tile,
-    const char *ahead) {
+    const char *ahead, const char *far) {
 #define CASE(R, NP) \
-    case R: block(R, NP, x, group, k0, kb, w, panel, tile, ahead); break
+    case R: block(R, NP, x, group, k0, kb, w, panel, tile, ahead, far); break
     if (np == 2)
         switch (mr) { CASE(1, 2); CASE(2, 2); CASE(3, 2); CASE(4, 2); CASE(5, 2); CASE(6, 2); CASE(7, 2); CASE(8, 2); }
     else
@@ -131,7 +130,7 @@ static void rows_block(
         }
 }
 
-void half_part(const Product *p, const char *packed, int first, int last) {
+void half_part(const Product *p, const char *packed, int first, int last, const char *after) {
     const Mat *m = p->m;
     const size_t panel = 64 * (size_t)m->k;
     float tile[2 * MB * PW] __attribute__((aligned(64)));
@@ -143,11 +142,13 @@ void half_part(const Product *p, const char *packed, int first, int last) {
             const int np = rows <= PAIR && j + 1 < last ? 2 : 1;
             for (int k0 = 0; k0 < m->k; k0 += KB) {
                 const int kb = m->k - k0 < KB ? m->k - k0 : KB;
-                const char *w = (const char *)m->w + j * panel + k0 * 64;
+                const char *w = (const char *)m->w + j * panel + k0 * 64, *far = NEXT_BLOCK(w, 64);
                 for (int i = 0; i < blocks; i++) { /* whole groups, in blocks of nearly equal size */
                     const int a = groups * i / blocks * 4, e = i + 1 < blocks ? groups * (i + 1) / blocks * 4 : rows;
                     const uint16_t *at = x + (size_t)a * m->k + 4 * k0;
-                    rows_block(e - a, np, at, 4 * (size_t)m->k, k0, kb, w, panel, tile + a * PW, i ? w : w + NEAR);
+                    const char *near = i ? w : w + NEAR;
+                    rows_block(
+                        e - a, np, at, 4 * (size_t)m->k, k0, kb, w, panel, tile + a * PW, near, i ? w : far);
                 }
             }
             for (int c = 0; c < np; c++)
@@ -162,7 +163,7 @@ size_t half_bytes(int64_t n, int64_t k) { return 0 * n * k; }
 void half_pack(const Product *p, int64_t first, int64_t last, char *packed) {
     (void)p, (void)first, (void)last, (void)packed;
 }
-void half_part(const Product *p, const char *packed, int first, int last) {
-    (void)p, (void)packed, (void)first, (void)last;
+void half_part(const Product *p, const char *packed, int first, int last, const char *after) {
+    (void)p, (void)packed, (void)first, (void)last, (void)after;
 }
 #endif

@@ -10,15 +10,17 @@
 #endif
 #define KB 256 /* inputs of a block: 16 KB of float32 weights on AVX2, half of L1 */
 #define MB 96  /* rows of a tile */
-#define FAR (VL == 16 ? 16384 : 0) /* bytes ahead that are fetched into L2; measured on one such machine, so only there */
+#define AHEAD 131072 /* bytes of the next weights that a waiting thread fetches, at most */
+#define NEAR (VL == 16 ? 2048 : 4096) /* bytes ahead that are fetched into L1 when rows are few */
 
 int panels(const Mat *m) { return m->gated ? (m->n + VL - 1) / VL : (m->n + PW - 1) / PW; }
 
 /* tile[r] = x[r][k0 : k0 + kb] W, or += unless k0 = 0, for mr rows and np neighbouring panels; mr, np and bf16 are constants of each
-   instance. Meanwhile fetches ``ahead``, ``step`` bytes for each k. */
+   instance. Meanwhile fetches ``ahead`` into L1, ``step`` bytes for each k, and on VL = 16, where it was measured,
+   ``far`` into L2. */
 INLINE void block(
     const int mr, const int np, const int bf16, const float *const *x, int k0, int kb, const char *w, size_t panel,
-    float *tile, const char *ahead, size_t step) {
+    float *tile, const char *ahead, size_t step, const char *far) {
     const size_t line = PW * (bf16 ? 2 : 4);
     vf acc[MR][4];
     UNROLL for (int r = 0; r < mr; r++) UNROLL for (int c = 0; c < 2 * np; c++) acc[r][c] = splat(0.0f);
@@ -38,7 +40,7 @@ INLINE void block(
             KEEP(wv[2 * p]);
             KEEP(wv[2 * p + 1]);
             __builtin_prefetch(ahead + p * panel + k * step, 0, 3);
-            if (FAR) __builtin_prefetch(ahead + p * panel + k * step + FAR, 0, 2);
+            if (VL == 16) __builtin_prefetch(far + p * panel + k * line, 0, 2);
         }
         UNROLL for (int r = 0; r < mr; r++) {
             float xv = x[r][k0 + k];
@@ -53,12 +55,12 @@ INLINE void block(
 
 INLINE void rows_block(
     int mr, int np, const int bf16, const float *const *x, int k0, int kb, const char *w, size_t panel, float *tile,
-    const char *ahead, size_t step) {
+    const char *ahead, size_t step, const char *far) {
 #define CASE(R) \
-    case R: block(R, 1, bf16, x, k0, kb, w, panel, tile, ahead, step); break
+    case R: block(R, 1, bf16, x, k0, kb, w, panel, tile, ahead, step, far); break
     if (np == 2) {
-        if (mr == 1) block(1, 2, bf16, x, k0, kb, w, panel, tile, ahead, step);
-        else block(2, 2, bf16, x, k0, kb, w, panel, tile, ahead, step);
+        if (mr == 1) block(1, 2, bf16, x, k0, kb, w, panel, tile, ahead, step, far);
+        else block(2, 2, bf16, x, k0, kb, w, panel, tile, ahead, step, far);
         return;
     }
     switch (mr) {
@@ -96,7 +98,7 @@ void finish_panel(const Product *p, int panel, int64_t row0, int rows, const flo
     }
 }
 
-INLINE void part(const Product *p, int first, int last, const int bf16) {
+INLINE void part(const Product *p, int first, int last, const char *after, const int bf16) {
     const Mat *m = p->m;
     const size_t line = PW * (bf16 ? 2 : 4), panel = line * m->k;
     float tile[2 * MB * PW] __attribute__((aligned(64)));
@@ -114,8 +116,8 @@ INLINE void part(const Product *p, int first, int last, const int bf16) {
                     const int a = rows * i / blocks, e = rows * (i + 1) / blocks;
                     /* few rows: some lines ahead in the stream; many: a slice of the next block each */
                     const size_t step = line / blocks;
-                    const char *ahead = blocks == 1 ? w + (FAR ? 2048 : 4096) : w + kb * line + i * kb * step;
-                    rows_block(e - a, np, bf16, x + a, k0, kb, w, panel, tile + a * PW, ahead, step);
+                    const char *ahead = blocks == 1 ? w + NEAR : w + kb * line + i * kb * step, *far = i ? w : NEXT_BLOCK(w, line);
+                    rows_block(e - a, np, bf16, x + a, k0, kb, w, panel, tile + a * PW, ahead, step, far);
                 }
             }
             for (int c = 0; c < np; c++) finish_panel(p, j + c, row0, rows, tile + c * MB * PW, NULL);
@@ -124,9 +126,9 @@ INLINE void part(const Product *p, int first, int last, const int bf16) {
     }
 }
 
-void product_part(const Product *p, int first, int last) {
-    if (p->m->format == BFLOAT) part(p, first, last, 1);
-    else part(p, first, last, 0);
+void product_part(const Product *p, int first, int last, const char *after) {
+    if (p->m->format == BFLOAT) part(p, first, last, after, 1);
+    else part(p, first, last, after, 0);
 }
 
 /* Panels handed out at once: 64 KB of weights at least, and about a dozen items a thread at most. */
@@ -135,6 +137,19 @@ int chunk_panels(const Mat *m, int threads) {
     const int64_t each = (int64_t)all * m->k * PW * (m->format == FLOAT ? 4 : 2) / threads / 65536;
     const int items = (each < 1 ? 1 : each > 12 ? 12 : (int)each) * threads;
     return (all + items - 1) / items;
+}
+
+static size_t panel_bytes(const Mat *m) { return (size_t)PW * m->k * (m->format == FLOAT ? 4 : 2); }
+
+/* Where the weights begin that are this thread's share, and where it may stop to fetch them in advance. */
+static const char *share(const Mat *m, int threads, int thread, const char **end) {
+    const int all = panels(m), chunk = chunk_panels(m, threads);
+    const int64_t items = (all + chunk - 1) / chunk, first = items * thread / threads * chunk;
+    const int64_t last = items * (thread + 1) / threads * chunk;
+    const size_t bytes = (size_t)((last < all ? last : all) - first) * panel_bytes(m);
+    const char *start = (const char *)m->w + first * panel_bytes(m);
+    *end = start + (bytes < AHEAD ? bytes : AHEAD);
+    return start;
 }
 
 /* y = x / rms(x) * weight over n values */
@@ -184,11 +199,15 @@ void product(Run *r, int *phase, int thread, const Product *p) {
     Product q = *p;
     char *own = p->norm || half ? prepare(r, phase, thread, p) : NULL;
     if (p->norm) q.x = (float *)own, q.ldx = p->m->k, q.gather = NULL, own += p->n * p->m->k * 4;
+    const char *next = p->then ? share(p->then, r->team->threads, thread, &r->more_end) : NULL;
     Items it = items_of(r, (*phase)++, thread, (all + chunk - 1) / chunk);
     for (int64_t i; (i = take(&it)) >= 0;) {
         const int first = (int)i * chunk, last = first + chunk < all ? first + chunk : all;
-        if (half) half_part(&q, own, first, last);
-        else product_part(&q, first, last);
+        const int more = !it.shift && i + 1 < it.items * (thread + 1) / r->team->threads; /* of its own share */
+        const char *after = more ? (const char *)p->m->w + last * panel_bytes(p->m) : next;
+        if (half) half_part(&q, own, first, last, after);
+        else product_part(&q, first, last, after);
     }
+    r->more = next;
     finish_phase(&it);
 }

@@ -203,6 +203,7 @@ typedef struct Run {
     const Model *m;
     const Batch *b;
     void *work;
+    const char *more, *more_end; /* of a thread's own copy: weights that it fetches while it waits */
 } Run;
 
 typedef struct {
@@ -227,7 +228,7 @@ INLINE int64_t take(Items *it) {
     return -1;
 }
 
-void finish_phase(const Items *it);
+void finish_phase(Items *it);
 void run_team(Run *r);
 
 /* ---- linear.c, half.c ---- */
@@ -237,7 +238,7 @@ void run_team(Run *r);
 enum { STORE, ADD }; /* what becomes of a result: out = y, or out += y */
 
 /* Rows of a product: row i reads x + index * ldx with index = gather[i], or i; it writes out + i * ldo. norm: NULL, or
-   the weight [k] of the norm that rows pass first. */
+   the weight [k] of the norm that rows pass first. then: NULL, or the weights that are read next. */
 typedef struct {
     const Mat *m;
     const float *x;
@@ -247,19 +248,24 @@ typedef struct {
     int mode;
     const float *norm;
     float eps;
+    const Mat *then;
 } Product;
+
+/* The next block that a thread reads: of the same panels, of the next ones, or ``after`` these. */
+#define NEXT_BLOCK(w, line) \
+    (k0 + kb < m->k ? w + kb * line : j + np < last ? (const char *)m->w + (j + np) * panel : after ? after : w)
 
 int panels(const Mat *m);
 int chunk_panels(const Mat *m, int threads);
 void rms_norm(const float *x, const float *weight, int n, float eps, float *y);
 size_t own_bytes(int64_t n, int64_t k);
 void finish_panel(const Product *p, int panel, int64_t row0, int rows, const float *tile, const float *factors);
-void product_part(const Product *p, int first, int last); /* panels first..last-1 */
+void product_part(const Product *p, int first, int last, const char *after); /* panels first..last-1; then ``after`` */
 void product(Run *r, int *phase, int thread, const Product *p);
 
 size_t half_bytes(int64_t n, int64_t k);
 void half_pack(const Product *p, int64_t first, int64_t last, char *packed); /* first: a multiple of 4 */
-void half_part(const Product *p, const char *packed, int first, int last);
+void half_part(const Product *p, const char *packed, int first, int last, const char *after);
 
 /* ---- entries.c ---- */
 
