@@ -3,14 +3,16 @@
 import struct
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from stretto.bench import peers as peers_module
+from stretto.bench.bars import BARS, judge
 from stretto.bench.gguf_file import write_gguf
 from stretto.bench.peers import SHAPES, measure_peers
-from stretto.bench.peers_engines import check, write_checkpoint
+from stretto.bench.peers_engines import Ours, check, write_checkpoint
 from stretto.errors import MissingExtraError, UnsupportedError
 
 SMALL = peers_module._qwen3(32, 64, 2, 4, 2, 8, 2048)
@@ -34,7 +36,7 @@ def test_each_measurement_is_a_ratio_to_a_peer(monkeypatch):
     def engine(name, factor, **more):
         return SimpleNamespace(
             name=name, decode=lambda prompts, tokens, method="ar": factor * (1 + len(prompts) / 16), backend="fake",
-            rows=lambda n, context: factor * (1 + n / 16), **more,
+            rows=lambda n, context: factor * (1 + n / 16), forward=lambda n, kind, context: (lambda: n), **more,
         )
 
     def absent(path, threads):
@@ -58,11 +60,46 @@ def test_each_measurement_is_a_ratio_to_a_peer(monkeypatch):
     assert rows["batch 16, mixed lengths", "slow"]["ratio"] == pytest.approx(3)
     assert rows["batch 16, mixed lengths", "stretto, one by one"]["ratio"] == pytest.approx(16 * (17 / 16) / 2)
     assert rows["one row, deterministic", "stretto, default mode"]["ratio"] == pytest.approx(0.5)
-    assert rows["16 rows, deterministic", "stretto, default mode"]["ratio"] == pytest.approx(0.5)
+    for kind in peers_module.KINDS:
+        assert rows[f"16 rows of a {kind}, deterministic", "stretto, default mode"]["ratio"] > 0
+    assert rows["16 rows", "stretto, one row"]["stretto"] > 0
     assert all(r["ratio_low"] <= r["ratio"] <= r["ratio_high"] for r in result["rows"])
     gone = {a["peer"]: a["reason"] for a in result["absent"]}
     assert gone == {"gone": "not installed: pip install gone-py", "broken": "RuntimeError: no such instruction"}
     assert result["provenance"]["threads"] == 1
+
+
+def test_bars_are_judged_by_what_was_measured():
+    def row(what, shape, peer, ratio, stretto=1.0):
+        return {"what": what, "shape": shape, "peer": peer, "ratio": ratio, "stretto": stretto}
+
+    rows = [
+        row("one row", "125M", "transformers generate", 1.8), row("one row", "tiny", "transformers generate", 2.4),
+        row("16 rows", "125M", "stretto, one row", 0.8, stretto=1.3),
+        row("batch 16, mixed lengths", "125M", "stretto, one by one", 5.5),
+    ]
+    found = {(b["claim"], b["shape"]): b for b in judge(rows, [{"peer": "llama.cpp", "what": "all", "reason": "not here"}])}
+    assert found["one row: speed, times transformers' generate", "125M"]["holds"] is True
+    assert found["one row: speed, times transformers' generate", "tiny"]["holds"] is False
+    assert found["16 rows: cost, times one row", "125M"] | {"holds": False, "measured": 1.3, "at_most": True} == found[
+        "16 rows: cost, times one row", "125M"
+    ]
+    llama = found["one row: speed, times llama.cpp", "125M"]
+    assert llama["holds"] is None and llama["reason"] == "not here"
+    assert found["batch 16 of mixed lengths: throughput, times batch 1", "tiny"]["holds"] is None
+    measured = {(b.what, b.shape, b.peer) for b in BARS}
+    assert len(measured) == len(BARS)
+
+
+@pytest.mark.parametrize("kind", peers_module.KINDS)
+def test_forwards_of_each_kind(folder, kind):
+    ours = Ours(folder, 1)
+    call = ours.forward(7, kind, 5)
+    batch = call.args[0]
+    paths = np.split(batch.local, batch.local_ptr[1:-1])
+    assert all(i in path for i, path in enumerate(paths)) and batch.positions.max() < 5 + 7
+    last = {"chain": [0, 1, 2, 3, 4, 5, 6], "block": [0, 1, 2, 3, 4, 5, 6], "tree": [0, 2, 6]}[kind]
+    assert paths[6].tolist() == last
 
 
 def test_a_peer_that_stops_early_is_refused():

@@ -1,4 +1,7 @@
-"""``stretto bench --peers``: transformers and llama.cpp beside us, same random weights, same threads, in turns."""
+"""``stretto bench --peers``: transformers and llama.cpp beside us, same random weights, same threads, in turns.
+
+A full run of ``--only-peers`` is kept in ``evidence/peers.json``, with the bars that ``bars.py`` names.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from stretto.bench.bars import DEFAULT, ONE_ROW, SINGLY, judge
 from stretto.bench.measure import spread
 from stretto.bench.peers_engines import ENGINES, Ours, write_checkpoint
 from stretto.bench.provenance import provenance
@@ -23,7 +27,9 @@ PROMPT, TOKENS = 16, 64  # tokens of the prompt and of the answer, one row
 ROWS, CONTEXTS = 16, (64, 128, 256)
 BATCH = 16
 LENGTHS = (8, 96)  # of the mixed prompts; answers have the same range
-SECONDS = 20.0  # one peer, one measurement: no further rounds after that
+KINDS = ("chain", "block", "tree")
+FORWARDS, PARTS = 100, 5  # runs of a single forward, figures made of them
+SECONDS = 12.0  # one peer, one measurement: no further rounds after that
 
 
 def _qwen3(
@@ -49,10 +55,10 @@ def measure_peers(
     *, shapes: Sequence[str] = (), quick: bool = False, threads: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """{"rows", "absent", "provenance"}: each row is one measurement of ours beside one peer's, ``ratio`` above 1 = ours
-    is better, with its range over the rounds. Peers that are not installed or cannot do it are in ``absent``.
+    """{"rows", "bars", "absent", "provenance"}: each row is one measurement of ours beside one peer's, ``ratio`` above
+    1 = ours is better, with its range over the rounds. Peers that are not installed or cannot do it are in ``absent``.
 
-    ``shapes``: names of SHAPES (default: all; ``quick``: tiny and 125M).
+    ``shapes``: names of SHAPES (default: tiny and 125M). ``quick``: fewer rounds.
     """
     import torch
 
@@ -61,7 +67,7 @@ def measure_peers(
     rows: list[dict[str, Any]] = []
     absent: dict[tuple[str, str], str] = {}
     backend = ""
-    for shape in shapes or (("tiny", "125M") if quick else tuple(SHAPES)):
+    for shape in shapes or ("tiny", "125M"):
         with tempfile.TemporaryDirectory(prefix="stretto-peers-") as folder:
             say(f"peers: random weights of {shape}")
             path = write_checkpoint(Path(folder) / "model", SHAPES[shape])
@@ -72,12 +78,12 @@ def measure_peers(
                 with _opened(make, path, count, absent) as peer:
                     if peer is not None:
                         rows += _beside(ours, peer, shape, 3 if quick else 5, absent)
-            rows.append(_batching(ours, shape, 3 if quick else 5))
-            say(f"peers: what deterministic mode costs at {shape}")
-            rows += _modes(path, count, shape, 3 if quick else 5)
+            say(f"peers: our own rows and modes at {shape}")
+            rows.append(_batching(ours, shape, 2 if quick else 3))
+            rows += _modes(path, count, shape, quick)
     facts = {"threads": count, "backend": backend, "dtype": "bfloat16", "versions": _versions(), "quick": quick}
     gone = [{"peer": name, "what": what, "reason": reason} for (name, what), reason in absent.items()]
-    return {"rows": rows, "absent": gone, "provenance": provenance(**facts)}
+    return {"rows": rows, "bars": judge(rows, gone), "absent": gone, "provenance": provenance(**facts)}
 
 
 @contextmanager
@@ -154,23 +160,50 @@ def _batching(ours: Ours, shape: str, rounds: int) -> dict[str, Any]:
 
     mine, single = _turns(lambda: ours.decode(prompts, tokens), alone, rounds)
     return _row(
-        f"batch {BATCH}, mixed lengths", shape, "tokens/s", "stretto, one by one", [total / s for s in mine],
+        f"batch {BATCH}, mixed lengths", shape, "tokens/s", SINGLY, [total / s for s in mine],
         [total / s for s in single],
     )
 
 
-def _modes(path: Path, threads: int, shape: str, rounds: int) -> list[dict[str, Any]]:
-    """Deterministic mode beside the default one: single rows, a chain of 16, trees (a method that drafts them)."""
+def _modes(path: Path, threads: int, shape: str, quick: bool) -> list[dict[str, Any]]:
+    """16 rows beside one; deterministic mode beside the default one: decoding, then forwards of each kind of rows."""
     exact, loose = (Ours(path, threads, deterministic=d, plan=False) for d in (True, False))
-    prompts, tokens, name = _prompts([PROMPT]), [TOKENS], "stretto, default mode"
+    prompts, tokens, rounds = _prompts([PROMPT]), [TOKENS], 3 if quick else 5
     out = []
-    for method, what in (("ar", "one row, deterministic"), ("lookahead", "trees (lookahead), deterministic")):
+    for method, what in (("ar", "one row"), ("lookahead", "decoding by trees (lookahead)")):
         mine, theirs = _turns(
             partial(exact.decode, prompts, tokens, method), partial(loose.decode, prompts, tokens, method), rounds
         )
-        out.append(_row(what, shape, "tokens/s", name, [TOKENS / s for s in mine], [TOKENS / s for s in theirs]))
-    mine, theirs = ([1000 * engine.rows(ROWS, c) for c in CONTEXTS] for engine in (exact, loose))
-    return [*out, _row(f"{ROWS} rows, deterministic", shape, "ms a forward", name, mine, theirs, lower=True)]
+        figures = [TOKENS / s for s in mine], [TOKENS / s for s in theirs]
+        out.append(_row(f"{what}, deterministic", shape, "tokens/s", DEFAULT, *figures))
+    modes = {"exact": exact, "loose": loose}
+    calls = {(m, kind): engine.forward(ROWS, kind, CONTEXTS[1]) for m, engine in modes.items() for kind in KINDS}
+    calls["loose", "one"] = loose.forward(1, "chain", CONTEXTS[1])
+    times = _alternately(list(calls.values()), FORWARDS // (2 if quick else 1))
+    found = dict(zip(calls, times, strict=True))
+    for kind in KINDS:
+        mine, theirs = found["exact", kind], found["loose", kind]
+        out.append(
+            _row(f"{ROWS} rows of a {kind}, deterministic", shape, "ms a forward", DEFAULT, mine, theirs, lower=True)
+        )
+    one, many = found["loose", "one"], found["loose", "chain"]
+    costs = [m / o for m, o in zip(many, one, strict=True)]
+    return [*out, _row(f"{ROWS} rows", shape, "× one row", ONE_ROW, costs, [1.0] * len(costs), lower=True)]
+
+
+def _alternately(calls: Sequence[Callable[[], object]], forwards: int) -> list[list[float]]:
+    """Milliseconds of each call, PARTS figures: each the quickest of its share of ``forwards`` runs, in turns."""
+    out: list[list[float]] = [[] for _ in calls]
+    for _ in range(PARTS):
+        best = [float("inf")] * len(calls)
+        for _ in range(forwards // PARTS):
+            for i, call in enumerate(calls):
+                start = time.perf_counter()
+                call()
+                best[i] = min(best[i], 1000 * (time.perf_counter() - start))
+        for figures, quickest in zip(out, best, strict=True):
+            figures.append(quickest)
+    return out
 
 
 def _turns(

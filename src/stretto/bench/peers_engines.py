@@ -12,7 +12,8 @@ import logging
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,34 @@ class Ours:
 
     def rows(self, n: int, context: int) -> float:
         return self._llm.runner.curve(context)(n)
+
+    def forward(self, n: int, kind: str, context: int) -> Callable[[], Any]:
+        """A forward of ``n`` rows on ``context`` cached ones: a "chain", a "block" that sees itself, or a "tree"."""
+        runner = self._llm.runner
+        slots = runner.alloc.alloc(context + n)
+        paths = {
+            "chain": [range(i + 1) for i in range(n)],
+            "block": [range(n)] * n,
+            "tree": [sorted({(i + 1 >> up) - 1 for up in range((i + 1).bit_length())}) for i in range(n)],  # binary
+        }
+        return partial(runner.forward, _rows_batch(slots[:context], slots[context:], paths[kind]))
+
+
+def _rows_batch(context: Any, slots: Any, paths: Sequence[Sequence[int]]) -> Any:
+    """Rows of one sequence behind the slots ``context``, all with logits; row i sees the rows ``paths[i]``."""
+    import numpy as np
+
+    from stretto.models.batch import FlatBatch
+
+    def ints(values: Any) -> Any:
+        return np.asarray(values, np.int32)
+
+    n, ends = len(paths), np.cumsum([0] + [len(p) for p in paths])
+    return FlatBatch(
+        tokens=np.zeros(n, np.int64), positions=ints(len(context) + np.arange(n)), slots=ints(slots),
+        context_of=np.zeros(n, np.int32), context=ints(context), context_ptr=ints([0, len(context)]),
+        local=np.concatenate([ints(p) for p in paths]), local_ptr=ints(ends), logit_rows=ints(np.arange(n)),
+    )
 
 
 class Transformers:

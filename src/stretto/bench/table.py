@@ -11,7 +11,7 @@ from rich.text import Text
 
 from stretto.bench.summary import best_lossless, is_base, title
 
-__all__ = ["print_evaluation", "print_rows"]
+__all__ = ["print_evaluation", "print_peers", "print_rows"]
 
 WIDE = 118  # columns from which one table holds everything
 FIGURES = ("tokens/\nforward", "same\ntext", "answers\nright", "ms/\ntoken")
@@ -34,6 +34,7 @@ def print_rows(result: Mapping[str, Any], console: Console | None = None) -> Non
     if result.get("peers"):
         out.print()
         out.print(_peers(result["peers"]))
+        out.print(_bars(result["peers"]))
     for text in _asides(result):
         out.print(Text(text, style="dim"))
 
@@ -103,6 +104,30 @@ def _peers(peers: Mapping[str, Any]) -> Table:
     for a in peers["absent"]:
         table.add_row("", a["what"], a["peer"], "-", "-", "", Text("absent", style="dim"))
     return table
+
+
+def _bars(peers: Mapping[str, Any]) -> Table:
+    """What was promised, what was measured, and whether it holds."""
+    table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("bar", "shape"):
+        table.add_column(name, overflow="fold")
+    for name in ("measured", "promised", "holds"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for b in peers.get("bars", ()):
+        holds = {True: Text("yes", style="green"), False: Text("no", style="red")}.get(b["holds"], Text("-"))
+        promised = "" if b["bar"] is None else f"{'≤' if b['at_most'] else '≥'} {b['bar']:g}"
+        table.add_row(b["claim"], b["shape"], "-" if b["measured"] is None else f"{b['measured']:.2f}", promised, holds)
+    return table
+
+
+def print_peers(peers: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print what ``measure_peers`` found: rows, then bars, then who is absent and why."""
+    out = console or Console()
+    out.print(_peers(peers))
+    out.print()
+    out.print(_bars(peers))
+    for a in peers["absent"]:
+        out.print(Text(f"{a['peer']} ({a['what']}): {a['reason']}", style="dim"))
 
 
 def _against(result: Mapping[str, Any]) -> str:

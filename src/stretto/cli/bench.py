@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,6 +52,9 @@ def bench(
             help="Score over tokens per forward: 'threshold:0.5,0.9;static:1,4;freedave:8;ar', or 'card'.",
         ),
     ] = None,
+    only_peers: Annotated[
+        bool, typer.Option("--only-peers", help="Peers alone, with the bars; kept in evidence/peers.json.")
+    ] = False,
     fast: Annotated[
         bool, typer.Option("--fast", help="Not deterministic: 'equal' is then a share.")
     ] = False,
@@ -86,6 +90,8 @@ def bench(
         }
         _load(model, load, name, prompts, split_names(tasks), api_key, html, as_json)
         return
+    if only_peers:
+        return _only_peers(quick, threads, as_json)
     if not as_json:
         typer.echo(f"stretto bench {model}: loading", err=True)
     if sweep is not None:
@@ -177,6 +183,23 @@ def _sweep(
         emit(result)
     else:
         print_sweep(result)
+
+
+def _only_peers(quick: bool, threads: int | None, as_json: bool) -> None:
+    from stretto.bench.peers import measure_peers
+    from stretto.bench.provenance import write_json
+    from stretto.bench.table import print_peers
+    from stretto.systems import evidence_folder
+
+    with progress(as_json) as report:
+        say = report and partial(report, 0.0)
+        result = measure_peers(quick=quick, threads=threads, progress=say)
+    path = None if quick else str(write_json(evidence_folder() / "peers.json", result))
+    if as_json:
+        emit({**result, "evidence": path})
+    else:
+        print_peers(result)
+        typer.echo(f"evidence: {path or 'none: a quick run is not evidence'}")
 
 
 def _options(pairs: list[str] | None) -> dict[str, dict[str, Any]]:
