@@ -64,6 +64,7 @@ def doctor(threads: int | None = None) -> dict[str, Any]:
     add("native forward", _native)
     add("packed linears", _packed)
     with torch.inference_mode():
+        add("native linears", _native_linears)
         add("bandwidth of linears", _bandwidth)
         add("row bits, plain linear", lambda: _row_bits(packed=False))
         add("row bits, packed linear", lambda: _row_bits(packed=True))
@@ -92,7 +93,8 @@ def _bf16() -> tuple[bool, str]:
     from stretto.models.checkpoint import auto_dtype
 
     good = auto_dtype("cpu") is torch.bfloat16
-    return good, "multiplied natively" if good else "missing: dtype 'auto' means float32 here"
+    name = "bfloat16" if good else "float32"
+    return good, f"{'multiplied natively' if good else 'missing'}: dtype 'auto' means {name} here"
 
 
 def _gpu() -> tuple[bool, str]:
@@ -187,6 +189,25 @@ def _bandwidth() -> tuple[bool, str]:
             f"{name} {STREAM_BYTES / one / 1e9:.0f} GB/s, 16 rows cost {many / one:.1f} times one"
         )
     return "packed" in best and best["packed"] <= best["plain"] * 1.05, "; ".join(parts)
+
+
+def _native_linears() -> tuple[bool, str]:
+    """How fast the native forward reads weights of one row, and what 16 rows cost, by arithmetic."""
+    import torch
+
+    from stretto.models.native_linear import PackedLinear, linear, multiplies_halves
+
+    rows, parts, fastest = torch.randn(16, 4096, generator=torch.Generator().manual_seed(0)), [], {}
+    kinds = {"float32": (torch.float32, False), "bfloat16 in float32 arithmetic": (torch.bfloat16, False)}
+    if multiplies_halves():
+        kinds["bfloat16 in half precision"] = (torch.bfloat16, True)
+    for name, (dtype, halves) in kinds.items():
+        outputs = STREAM_BYTES // 4096 // dtype.itemsize
+        packed = PackedLinear(torch.zeros(1, 4096).expand(outputs, -1), dtype=dtype, halves=halves)
+        one, many = (_seconds(lambda x, p=packed: linear(x, p), rows[:n]) for n in (1, 16))
+        fastest[name] = many / outputs
+        parts.append(f"{name} {STREAM_BYTES / one / 1e9:.0f} GB/s, 16 rows cost {many / one:.1f} times one")
+    return True, f"{'; '.join(parts)}; fastest for 16 rows: {min(fastest, key=fastest.__getitem__)}"
 
 
 def _width() -> int:
