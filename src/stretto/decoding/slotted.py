@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stretto.decoding.planner import Pace, Planner
+from stretto.decoding.planner import Pace, Planner, rested
 from stretto.decoding.slots import Kind, Plan, Price, SlotTree, best_plan, best_tree, fixed_plan, group_mask
 from stretto.decoding.tree import best_first
 from stretto.decoding.verify import accept_tree, choose
@@ -157,21 +157,24 @@ class Slotted:
         self._mask, self._cost = group_mask(k, members, mask), [members * c for c in slot_rows]
         self._ready: dict[tuple[int, int, int], _Ready] = {}
         self._fixed = fixed_plan([row[:RANKS] for row in self.statistics.mean], budget) if budget else None
-        self._steps = 0
+        self._steps, self._making = 0, 0.0  # _making: seconds that went into plans and rows, once for many steps
         self.planner = Planner(host, [0.0], probe=1, patience=PATIENCE)
         start = self._find(1, 128, ROWS).plan.tokens - 1
         self.planner.shared.rate[0] = start
 
     def propose(self, seqs: list[Sequence]) -> list[Step]:
-        start, n = self.planner.begin(), len(seqs)
+        paces = [seq.state.pace for seq in seqs]
+        if (resting := self.planner.rest(seqs, paces)) is not None:
+            return resting
+        start, n, self._making = self.planner.begin(), len(seqs), 0.0
         self._steps += 1
         if self._steps in REPLAN and not self._budget:
             self._ready.clear()
         ready = self._find(n, sum(len(s.tokens) for s in seqs) // n, min(s.row_limit for s in seqs))
         offers = [self._offer(seq, ready) for seq in seqs]
-        counts = self.planner.allot(seqs, [s.state.pace for s in seqs], offers, width=ready.width)
+        counts = self.planner.allot(seqs, paces, offers, width=ready.width)
         steps = [self._step(seq, ready) if c else Step([seq.tokens[-1]]) for seq, c in zip(seqs, counts, strict=True)]
-        self.planner.pause(start)
+        self.planner.pause(start, self._making)
         return steps
 
     def steps(self, seqs: list[Sequence]) -> list[Step]:
@@ -180,6 +183,10 @@ class Slotted:
         return [self._step(seq, ready) if ready.width else Step([seq.tokens[-1]]) for seq in seqs]
 
     def commit(self, seqs: list[Sequence], steps: list[Step], outcomes: list[Outcome]) -> list[Commit]:
+        if (commits := rested(seqs, steps, outcomes)) is not None:
+            for seq in seqs:
+                seq.state.laws = NONE
+            return commits
         start = time.perf_counter()
         commits = [self.verified(*item) for item in zip(seqs, steps, outcomes, strict=True)]
         self.planner.end(start, len(seqs), sum(len(s.tokens) - 1 for s in steps))
@@ -195,7 +202,9 @@ class Slotted:
         laws = seq.state.laws
         rows = ready.rows.get(laws.key)
         if rows is None:
+            start = time.perf_counter()
             rows = ready.rows[laws.key] = self._rows(ready, laws.key)
+            self._making += time.perf_counter() - start
         tokens = [seq.tokens[-1], *[laws.token(d, r) for d, r in rows.pick], *rows.blank]
         return Step(tokens, rows.offsets + np.int32(seq.computed), rows.see, extra=rows, **rows.extra)
 
@@ -242,7 +251,9 @@ class Slotted:
         key = (batch, bucket, limit)
         ready = self._ready.get(key)
         if ready is None:
+            start = time.perf_counter()
             ready = self._ready[key] = self._make(batch, 1 << bucket, limit)
+            self._making += time.perf_counter() - start
         return ready
 
     def _make(self, batch: int, context: int, limit: int) -> _Ready:
