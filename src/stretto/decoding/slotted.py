@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stretto.decoding.planner import Pace, Planner, rested
+from stretto.decoding.planner import RESTED, Pace, Planner, rested
 from stretto.decoding.slots import Kind, Plan, Price, SlotTree, best_plan, best_tree, fixed_plan, group_mask
 from stretto.decoding.tree import best_first
 from stretto.decoding.verify import accept_tree, choose
@@ -171,6 +171,11 @@ class Slotted:
         if self._steps in REPLAN and not self._budget:
             self._ready.clear()
         ready = self._find(n, sum(len(s.tokens) for s in seqs) // n, min(s.row_limit for s in seqs))
+        if not ready.width:
+            for seq in seqs:
+                if not seq.generated:
+                    seq.metrics.note(f"no slots: by the measured curve no tree pays at batch {n}")
+            return [Step([seq.tokens[-1]], extra=RESTED) for seq in seqs]
         offers = [self._offer(seq, ready) for seq in seqs]
         counts = self.planner.allot(seqs, paces, offers, width=ready.width)
         steps = [self._step(seq, ready) if c else Step([seq.tokens[-1]]) for seq, c in zip(seqs, counts, strict=True)]
