@@ -122,13 +122,18 @@ class _Outputs:
 
     def __init__(self, requests: int):
         self._half = max(1, requests // 2)
-        self._count = 0
+        self._count = self._older = 0
         self.generations = [Automaton()]
+
+    @property
+    def remembered(self) -> int:
+        """How many outputs can be drafted from."""
+        return self._count + self._older
 
     def add(self, tokens: list[int]) -> None:
         if self._count >= self._half:
             self.generations = [self.generations[-1], Automaton()]
-            self._count = 0
+            self._count, self._older = 0, self._count
         young, state = self.generations[-1], 0
         for token in tokens:
             state = young.extend(state, token)
@@ -243,6 +248,8 @@ class Suffix:
         outputs = self._outputs.get(seq.salt)
         if outputs is None:
             return
+        if not state.at:
+            seq.metrics.note(f"drafts come from this text and from {outputs.remembered} earlier outputs")
         places = {id(a): (at, matched) for a, at, matched in state.at}
         state.at = []
         for automaton in outputs.generations:
