@@ -363,9 +363,9 @@ class Priced(Runner):
     def curve(self, context=128):
         return self._price
 
-    def forward(self, batch):
+    def forward(self, batch, early=None):
         self.ran += 1
-        return super().forward(batch)
+        return super().forward(batch, early)
 
 
 def planned(net, draft, slope, name, options, texts, params, *, step=0.2):
@@ -409,10 +409,11 @@ def test_a_probe_finds_out_that_drafting_pays_again(net):
     class Turning(Priced):
         good = False
 
-        def forward(self, batch):
-            result = super().forward(batch)
+        def forward(self, batch, early=None):
+            result = super().forward(batch, early)
             if not self.good:
                 result.logits = -result.logits
+                result.argmax = result.logits.argmax(-1).numpy()
             return result
 
     eng = engine(net)
