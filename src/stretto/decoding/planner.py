@@ -131,11 +131,10 @@ class Planner:
     def end(self, start: float, sequences: int, drafted: int) -> None:
         """Call last in commit; ``start``: when it began, ``drafted``: rows beyond one for each sequence."""
         self._ended = now = time.perf_counter()
-        if drafted or self._tick % SAMPLE == 0:
-            kind = drafted > 0
-            self._own[kind].learn((self._spent + now - start) / sequences)
-            if self._table is not None and sequences + drafted < len(self._table):
-                self._around[kind].learn(start - self._paused - self._table[sequences + drafted])
+        kind = drafted > 0
+        self._own[kind].learn((self._spent + now - start) / sequences)
+        if self._table is not None and sequences + drafted < len(self._table):
+            self._around[kind].learn(start - self._paused - self._table[sequences + drafted])
 
     def rest(self, seqs: Seq[Sequence], paces: Seq[Pace]) -> list[Step] | None:
         """Call before anything else in propose: the steps of plain decoding where nobody shall draft now.
@@ -164,7 +163,8 @@ class Planner:
         return True
 
     def _earn(self, seconds: float) -> None:
-        self.bank = min(self.bank + seconds, WEALTH * self._plain)
+        """Debts beyond what a method starts with are forgiven: on a busy machine prices may have been wrong."""
+        self.bank = max(-START * self._plain, min(self.bank + seconds, WEALTH * self._plain))
 
     def allot(
         self, seqs: Seq[Sequence], paces: Seq[Pace], offers: Seq[Seq[float]], *, width: int = 1,
@@ -207,7 +207,8 @@ class Planner:
         target = self.target.table(context, n + width * drafts)
         self._table = target
         own = self._own[1].value - self._own[0].value
-        around = self._around[1].value - self._around[0].value
+        plain = self._around[0].value  # until it is known, waiting for the core cannot be told from work
+        around = self._around[1].value - plain if plain else 0.0
         own = max(0.0, own) + max(0.0, around) / n
         extra = [own] * n
         if entry is not None:
