@@ -18,7 +18,7 @@ from stretto.models.adapter import (
 )
 from stretto.models.checkpoint import load, save
 from stretto.models.context import packed
-from stretto.zoo.models import resolve
+from stretto.zoo.models import PARTS, resolve
 from tiny import engine, greedy, model
 
 
@@ -120,3 +120,11 @@ def test_kept_states_are_those_of_a_plain_forward(backend):
             checked += 1
     assert checked > 30 and eng.scheduler.preemptions > 0
     assert streams[1].seq.metrics.cached_tokens or streams[2].seq.metrics.cached_tokens or eng.prefix.hits
+
+
+@pytest.mark.parametrize("part", [p for p in PARTS.values() if (p.folder / "adapter.json").exists()], ids=lambda p: p.name)
+def test_shipped_parts_belong_to_their_bases(part):
+    base = load(resolve(f"zoo:{part.base}"))
+    adapter = open_adapter(part.kind, "auto", base)
+    assert adapter.source == str(part.folder) and adapter.statistics
+    assert sum(f.stat().st_size for f in part.folder.iterdir()) < 2_000_000

@@ -23,6 +23,9 @@ CASES = {
     "mirror": [{"model": "other", "early_top_k": 3}],
     "ppd": [{}, {"tree_budget": 14}],
     "hidden_transfer": [{}, {"tree_budget": 11}],
+    "medusa": [{}, {"topk": 3}],
+    "clover": [{}, {"topk": 3, "tree_size": 6, "top_p": 1.0, "min_ratio": 0.0}, {"version": 2}],
+    "eagle": [{"version": 1}, {"topk": 3, "depth": 3}],
     "jacobi_forcing": [{}, {"block_size": 3, "num_blocks": 3, "spawn_ratio": 0.5, "max_candidates": 2, "init": "pad"}],
 }
 TEXT = [5, 9, 7, 5, 9, 7, 5, 9, 7, 11, 5, 9]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stretto.bench.measure import Item, Track, geometric, ratios, spread
+from stretto.bench.measure import Arm, Item, Track, geometric, ratios, spread
 from stretto.decoding.registry import METHODS
 
 __all__ = ["ALL", "Cell", "noise", "rows_by", "sample_records"]
@@ -97,6 +97,8 @@ def _row(cells: Sequence[Cell], kind: str) -> dict[str, Any]:
         "rows_per_forward": _share(sum(c.rows_evaluated for c in cells), sums["forwards"]),
         "seconds_per_token": _share(seconds, sums["tokens"]),
         "tokens": sums["tokens"] / n,
+        "accepted_at": _accepted_at(cells),
+        **_extra(arm),
         "notes": _notes(cells),
     }
 
@@ -112,6 +114,26 @@ def _speed(cells: Sequence[Cell]) -> tuple[float, float, float]:
 
 def _share(part: float, whole: float) -> float | None:
     return part / whole if whole else None
+
+
+def _accepted_at(cells: Sequence[Cell], most: int = 8) -> list[float]:
+    """For k = 1, 2, ..: the share of forwards that made at least k tokens final beyond plain decoding's one."""
+    beyond: Counter[int] = Counter()
+    for out in (o for c in cells for o in c.track.outputs):
+        beyond.update(n - 1 for n in Counter(out.outputs[0].step_map).values())
+    forwards = sum(c.track.total("forwards") for c in cells)
+    shares = [round(sum(n for k, n in beyond.items() if k >= d) / max(forwards, 1), 4) for d in range(1, most + 1)]
+    return shares[: next((i for i, s in enumerate(shares) if not s), most)]
+
+
+def _extra(arm: Arm) -> dict[str, Any]:
+    """What the method brings beside the model: parameters, bytes of weights and of every cached token, and the minutes
+    of training where they are known."""
+    extra = getattr(arm.llm.method(arm.method, arm.options), "extra", None)
+    return {
+        f"extra_{k}": getattr(extra, k, None if k == "training_minutes" else 0)
+        for k in ("parameters", "bytes", "bytes_per_token", "training_minutes")
+    }
 
 
 def _notes(cells: Sequence[Cell], most: int = 3) -> list[str]:

@@ -98,7 +98,7 @@ class Engine:
         batch = pack(plans, block=self._block)
         result = self.runner.forward(batch, _early(plans))
         self.forwards += 1
-        if batch.taps:
+        if batch.taps or self.runner.states:
             keep_states(self.runner, plans, result, self.forwards)
         self.rows += batch.n
         commits = self._commits(plans, result)

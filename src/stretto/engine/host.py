@@ -45,7 +45,8 @@ class Host:
 
     @property
     def written(self) -> np.ndarray:
-        """int64 [S]: the number of the forward that wrote each slot's states; a slot that is used anew changes it."""
+        """int64 [S]: the number of the forward that wrote each slot's states, or below 0 of the move that did; 0 = it
+        has none. It changes whenever a slot gets another row."""
         return self.runner.written
 
     @property

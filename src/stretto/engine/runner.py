@@ -60,7 +60,7 @@ class Runner:
         weight = model.model.embed_tokens.weight
         self.native, self.backend_reason = _native(model, backend)
         self.backend = "native" if self.native else "torch"
-        self._deterministic = deterministic
+        self.deterministic = deterministic
         self._torch: Transformer | None = None
         if self.native is None:
             self._torch = model.pack(block=ROW_BLOCK if deterministic else 0)
@@ -78,7 +78,8 @@ class Runner:
         self.peak_rows = self.peak_logits = 0  # rows of the largest forward, and of the largest logits
         self.vocabulary = min(vocabulary or c.vocab_size, c.vocab_size)
         self.states: dict[int, torch.Tensor] = {}  # layer -> [S, H] by slot; see ``keep``
-        self.written = np.zeros(slots, np.int64)  # number of the forward that wrote a slot's states
+        self.written = np.zeros(slots, np.int64)  # the forward that wrote a slot's states; < 0: a move; 0: none
+        self._moves = 0
         self.staged: StagedForward | None = None  # made when a method first looks between the layers
         self._curves: dict[int, LatencyCurve] = {}
 
@@ -105,7 +106,7 @@ class Runner:
             self.pool.positions[batch.slots] = batch.positions
             shown = {l: partial(self._show, look) for l, look in early.items()} if early else None
             result = forward_batch(
-                self._packed(), self.pool, batch, rowwise=self._deterministic, early=shown
+                self._packed(), self.pool, batch, rowwise=self.deterministic, early=shown
             )
             self._close(result)
         return result
@@ -118,7 +119,8 @@ class Runner:
         for x in self.states.values():
             x[b] = x[a]
         self.pool.positions[target] = self.pool.positions[source]
-        self.written[target] = self.written[source]
+        self._moves -= 1  # whoever keeps something of its own under a slot must see that the row is another one
+        self.written[target] = np.where(self.written[source] == 0, 0, self._moves)
         kept = sum(x[0].numel() * x.element_size() for x in self.states.values())
         return len(source) * (self.pool.nbytes // self.pool.slots + kept)
 
@@ -173,6 +175,38 @@ class Runner:
                     break
         return text[given:], found
 
+    @property
+    def lm_head(self) -> torch.Tensor:
+        """The rows [V, H] of the LM head."""
+        model, packed = self.model, self.model._packed_head
+        if self.config.tie_word_embeddings:
+            return model.model.embed_tokens.weight
+        return packed.plain()[0] if packed is not None else model.lm_head.weight
+
+    @torch.inference_mode()
+    def head(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits [n, V] of final-normed states float32 [n, H], as ``forward`` gives them."""
+        if self.native is not None:
+            from stretto.models.native_linear import linear
+
+            logits = linear(x, self.native.head)
+        else:
+            logits = self.model.head(x.to(self.model.dtype)).float()
+        if self.vocabulary < self.config.vocab_size:
+            logits[:, self.vocabulary :] = -torch.inf
+        return logits
+
+    def product(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
+        """x [n, K] -> [n, N] for a weight [N, K] of a method's own, by the kernels of this runner."""
+        if self.native is not None:
+            from stretto.models.native_linear import PackedLinear, linear
+
+            packed = PackedLinear(weight, bias, self.native.weight_dtype)
+            return lambda x: linear(x, packed)
+        weight = weight.to(self.model.device)
+        bias = None if bias is None else bias.to(weight)
+        return lambda x: torch.nn.functional.linear(x, weight, bias)
+
     def matrix(self, weight: torch.Tensor) -> Matrix:
         """``weight`` [H, H] ready for rows that enter in mid-stack (``Step.entries``)."""
         here = self.model.model.embed_tokens.weight
@@ -185,7 +219,7 @@ class Runner:
     def _packed(self) -> Transformer:
         """The model as the torch forward runs it; beside a native forward a copy, made when first needed."""
         if self._torch is None:
-            self._torch = copy.deepcopy(self.model).pack(block=ROW_BLOCK if self._deterministic else 0)
+            self._torch = copy.deepcopy(self.model).pack(block=ROW_BLOCK if self.deterministic else 0)
         return self._torch
 
     def _close(self, result: ForwardResult) -> None:

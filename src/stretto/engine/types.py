@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from stretto.engine.sampling import Sampler
     from stretto.models.entries import Entry
 
-__all__ = ["CAUSAL", "FULL", "Commit", "Lease", "Method", "Metrics", "Outcome", "Sequence", "Step", "Visible"]
+__all__ = ["CAUSAL", "FULL", "Commit", "Extra", "Lease", "Method", "Metrics", "Outcome", "Sequence", "Step", "Visible"]
 
 CAUSAL = "causal"  # a row of the step sees the rows before it, and itself
 FULL = "full"  # every row of the step sees every row of the step
@@ -189,7 +189,7 @@ class Sequence:
     sampler: Sampler
     choice: int = 0
     salt: str = ""
-    taps: tuple[int, ...] = ()  # layers whose states are kept by slot; the method's, the engine writes it
+    taps: tuple[int, ...] = ()  # layers whose states are kept by slot: at first the method's; it may change them
     computed: int = 0  # rows that will be cached when the method's rows run; the engine writes it before propose
     row_limit: int = 1 << 30  # most rows the method may propose now; the engine writes it
     shift: int = 0  # what is added to every position that the method asks for; not 0 behind a join
@@ -215,6 +215,17 @@ class Sequence:
         return self.params.max_tokens - self.generated
 
 
+@dataclass(frozen=True, slots=True)
+class Extra:
+    """What a method brings beside the model; it may say so in an attribute ``extra``. ``bytes``: of weights;
+    ``bytes_per_token``: of every cached token; ``training_minutes``: None where they are not known."""
+
+    parameters: int = 0
+    bytes: int = 0
+    bytes_per_token: int = 0
+    training_minutes: float | None = None
+
+
 class Method(Protocol):
     """A decoding method: a pair of functions around the forward, and nothing else.
 
@@ -226,7 +237,9 @@ class Method(Protocol):
     (0 = embeddings, -1 = final-normed) whose states the engine keeps for every row of the method's sequences, in
     ``Host.states(layer)`` under the row's slot. So they follow the cache through chunked prefill, truncation,
     compaction and forks, and come back with the rows after a preemption. A cached prefix is shared among sequences
-    with the same taps only. The rows of a step have theirs after its forward; those that lead it have none at propose.
+    with the same taps only. A method may set ``Sequence.taps`` to () while it needs no states: rows of such forwards
+    have none, which ``Host.written`` says. The rows of a step have theirs after its forward; those that lead it have
+    none at propose.
     """
 
     name: ClassVar[str]

@@ -123,12 +123,14 @@ class NativeForward:
         layers = (Layer * c.num_hidden_layers)(*map(self._layer, model.layers, c.windows))
         self._keep += [table, layers]
         head = model._packed_head or (model.model.embed_tokens if c.tie_word_embeddings else model.lm_head)
+        head_mat = self._mat(head)
+        self.head: PackedLinear = self._keep[-1]
         return Model(
             team=team(threads), layers_n=c.num_hidden_layers, H=c.hidden_size, A=c.num_attention_heads,
             G=c.num_key_value_heads, D=c.head_dim, V=c.vocab_size, experts=moe.experts if moe else 0,
             I=max(c.intermediate_size, moe.intermediate_size if moe else 0), top_k=moe.top_k if moe else 0,
             embed_bf16=table.dtype == torch.bfloat16, eps=c.rms_norm_eps, scale=c.head_dim**-0.5, embed=address(table),
-            norm=self._floats(model.model.norm), layers=ctypes.addressof(layers), head=self._mat(head),
+            norm=self._floats(model.model.norm), layers=ctypes.addressof(layers), head=head_mat,
         )  # fmt: skip
 
     def _layer(self, block: Block, window: int | None) -> Any:

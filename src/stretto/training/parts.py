@@ -51,7 +51,12 @@ KINDS = {  # kind -> "module:class"
     "medusa": "stretto.training.drafters:Medusa",
     "ppd": "stretto.training.slot_rows:PromptTokens",
     "hidden_transfer": "stretto.training.slot_rows:HiddenTransfer",
+    "clover": "stretto.training.drafters:Clover",
+    "clover2": "stretto.training.drafters:Clover",
+    "eagle": "stretto.training.drafters:Eagle",
+    "eagle3": "stretto.training.drafters:Eagle",
 }
+DEFAULTS: dict[str, dict[str, Any]] = {"clover2": {"version": 2, "augment": 2, "heads": 5}, "eagle3": {"version": 3}}
 WIDTH = 8  # ranks of the acceptance statistics
 TEST_EXAMPLES = 12  # of every task
 
@@ -121,7 +126,7 @@ def make_part(kind: str, net: FrozenNet, **options: Any) -> Kind:
     if kind not in KINDS:
         raise UnknownNameError("kind of part", kind, KINDS)
     module, _, name = KINDS[kind].partition(":")
-    return getattr(importlib.import_module(module), name)(net, **options)
+    return getattr(importlib.import_module(module), name)(net, **{**DEFAULTS.get(kind, {}), **options})
 
 
 def run_part(

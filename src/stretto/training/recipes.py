@@ -83,8 +83,8 @@ class PartRecipe:
     minutes: float = 8.0
     rows: int = 12  # rows of a batch
     length: int = 144  # tokens of a row
-    lr: float = 2e-3  # of Muon, where the kind has layers
-    adam_lr: float = 2e-3
+    lr: float = 4e-3  # of Muon, where the kind has layers
+    adam_lr: float = 4e-3
     weight_decay: float = 0.01
     clip: float = 1.0
     warmup: int = 50  # steps
@@ -205,7 +205,23 @@ _ALL: tuple[AnyRecipe, ...] = (
         objective="causal_recovery", base="zoo:tiny", block_size=16, minutes=15, lr=2e-3, adam_lr=1e-3,
     ),
     PartRecipe(
-        name="zoo-tiny-medusa", purpose="Medusa heads for zoo:tiny", kind="medusa", options={"heads": 4},
+        name="zoo-tiny-medusa", purpose="Medusa heads for zoo:tiny", kind="medusa", options={"heads": 4}, minutes=5,
+    ),
+    PartRecipe(
+        name="zoo-tiny-clover", purpose="Clover's chain of heads for zoo:tiny", kind="clover",
+        options={"version": 1, "heads": 4, "augment": 1, "ffn": 64}, minutes=5,
+    ),
+    PartRecipe(
+        name="zoo-tiny-clover2", purpose="Clover-2's chain of heads for zoo:tiny", kind="clover2",
+        options={"version": 2, "heads": 5, "augment": 2, "ffn": 64}, minutes=5,
+    ),
+    PartRecipe(
+        name="zoo-tiny-eagle", purpose="an EAGLE layer for zoo:tiny", kind="eagle",
+        options={"version": 1, "depth": 5, "ffn": 256}, minutes=5,
+    ),
+    PartRecipe(
+        name="zoo-tiny-eagle3", purpose="an EAGLE-3 layer for zoo:tiny", kind="eagle3",
+        options={"version": 3, "depth": 5, "ffn": 256}, minutes=8,
     ),
     PartRecipe(
         name="zoo-tiny-ppd", purpose="prompt tokens for zoo:tiny", kind="ppd", options={"tokens": 4}, rows=6,

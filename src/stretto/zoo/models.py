@@ -77,6 +77,10 @@ _PARTS = (
     ZooPart("tiny-own-sft", "lora", "tiny-blocks", "plain fine-tuning on own answers, the control of both"),
     ZooPart("tiny-blocks-filter", "learn2pd", "tiny-blocks", "which predictions are final (Learn2PD)"),
     ZooPart("tiny-diffusion-filter", "learn2pd", "tiny-diffusion", "which predictions are final (Learn2PD)"),
+    ZooPart("tiny-clover", "clover", "tiny", "Clover's chain of heads"),
+    ZooPart("tiny-clover2", "clover2", "tiny", "Clover-2's chain of heads"),
+    ZooPart("tiny-eagle", "eagle", "tiny", "an EAGLE layer on the last features"),
+    ZooPart("tiny-eagle3", "eagle3", "tiny", "an EAGLE-3 layer on features of three depths"),
 )
 PARTS: dict[str, ZooPart] = {p.name: p for p in _PARTS}
 

@@ -1,0 +1,137 @@
+"""EAGLE: one extra decoder layer foresees the model's next features, and its head's tokens are the draft.
+
+Row p of the text reads the embedding of token p and the model's feature of row p - 1; its output stands for the
+feature of row p. Deeper guesses read the layer's own outputs. version=1: EAGLE's layer on the last features (arXiv
+2401.15077), version=3: EAGLE-3's on a mix of three depths (2503.01840). Trees grow as in EAGLE-2 (2406.16858): the
+best ``topk`` nodes of a level are expanded, and the best nodes of all levels are verified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stretto.decoding.ar import require_causal
+from stretto.decoding.companion import Companion
+from stretto.decoding.costs import Typical
+from stretto.decoding.drafting import Rows
+from stretto.decoding.guessing import Growth, Guide, Items, Offer, extra_of, grow
+from stretto.decoding.options import option
+from stretto.decoding.planner import room
+from stretto.engine.host import Host
+from stretto.engine.types import Commit, Outcome, Sequence, Step
+from stretto.models.heads import EagleLayer
+
+__all__ = ["Eagle", "Options"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """EAGLE (Li et al., 2024, 2025)."""
+
+    version: int = option(3, "1 = the layer of EAGLE, 3 = that of EAGLE-3", choices=(1, 3))
+    adapter: str = option("auto", "the layer: zoo name, folder, or auto = the one that ships for the model")
+    depth: int = option(5, "levels of the draft", low=1, high=16)
+    topk: int = option(1, "guesses of each node, and nodes expanded at a level; 1 = a chain", low=1, high=10)
+    num_draft_tokens: int = option(16, "most tokens drafted in a step: nodes of the tree", low=1, high=63)
+
+
+class Eagle:
+    """An extra layer foresees the model's features: the drafter with the highest acceptance."""
+
+    name = "eagle"
+    lossless = True
+    aliases = ("eagle2",)
+    kinds = ("causal",)
+
+    def __init__(self, host: Host, options: Options):
+        self._host, self._options = host, options
+        adapter = host.open_adapter("eagle" if options.version == 1 else "eagle3", options.adapter)
+        part = EagleLayer(host.config, **adapter.config)
+        adapter.into(part)
+        self.taps = part.taps
+        if options.depth > part.depth:
+            host.notes.append(f"eagle.depth={options.depth}: the layer was trained for {part.depth} levels")
+        product = host.runner.product
+        self._fc = product(part.fc.weight.detach(), part.fc.bias.detach())
+        self._mix = product(part.mix.weight.detach(), part.mix.bias.detach()) if part.mix is not None else None
+        self.companion = Companion(host, part.layers, shift=True, norm=part.norm)
+        self.extra = extra_of(adapter, host, self.taps, self.companion.runner)
+        self.guide = Guide(host, adapter.statistics, options.depth, self.taps)
+        self._level = Typical()
+
+    def admit(self, seq: Sequence) -> None:
+        require_causal(self._host, self.name)
+        seq.state = self.guide.planner.pace()
+
+    def prefill(self, seq: Sequence) -> int:
+        return len(seq.tokens) - 1
+
+    def propose(self, seqs: list[Sequence]) -> list[Step]:
+        start = self.guide.planner.begin()
+        depths = self.guide.depths(seqs)
+        steps = [Step([seq.tokens[-1]]) for seq in seqs]
+        if able := [i for i, depth in enumerate(depths) if depth]:
+            wanted = [seqs[i] for i in able]
+            for i, offer in zip(able, self._draft(wanted, max(depths)), strict=True):
+                steps[i] = self.guide.step(seqs[i], offer, max(depths))
+        self.guide.planner.pause(start)
+        return steps
+
+    def commit(
+        self, seqs: list[Sequence], steps: list[Step], outcomes: list[Outcome]
+    ) -> list[Commit]:
+        return self.guide.commit(seqs, steps, outcomes)
+
+    def release(self, seq: Sequence) -> None:
+        self.guide.release(seq)
+
+    def preemptible(self, seq: Sequence) -> bool:
+        return True
+
+    @torch.inference_mode()
+    def _draft(self, seqs: list[Sequence], depth: int) -> list[Offer]:
+        """Trees for all sequences, one forward of the layer a level."""
+        options, companion = self._options, self.companion
+        rate = self.guide.trust.rate
+        growths = [Growth(seq, rate, min(room(seq), options.num_draft_tokens)) for seq in seqs]
+        companion.begin()
+        rows, features = [], []
+        for growth in growths:
+            seq, text = growth.seq, companion.missing(growth.seq)
+            root = companion.scratch(1)
+            growth.slots[0], growth.start = root, companion.start(seq)
+            tokens, slots = [*text.tokens, seq.tokens[-1]], np.concatenate([text.slots, root])
+            rows.append(Rows(tokens, text.position, slots, text.context))
+            features.append(companion.features(seq, rows[-1], self.taps))
+        g = torch.cat([torch.cat(f, -1) for f in features]) if len(seqs) > 1 else torch.cat(features[0], -1)
+        last = np.cumsum([len(r.tokens) for r in rows]) - 1
+        state, out = self._rows(rows, g if self._mix is None else self._mix(g))
+        grow(
+            self.guide.planner, growths, state[last], self._host.runner.head(out[last]), depth=depth,
+            topk=options.topk, beam=options.topk, advance=self._advance, level=self._level,
+        )
+        return [growth.offer() for growth in growths]
+
+    def _advance(self, depth: int, items: Items, state: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer on rows of guesses: their features are the outputs of their parents."""
+        rows = []
+        for growth, node in items:
+            path, slot = growth.path(node), self.companion.scratch(1)
+            growth.slots[node] = slot
+            above = [growth.slots[n] for n in (0, *path[:-1])]
+            text = growth.seq.view.slots[1:]
+            seen = np.concatenate([text[growth.start :], *above])
+            rows.append(Rows([growth.token[node]], len(text) + depth, slot, seen))
+        state, out = self._rows(rows, state)
+        return state, self._host.runner.head(out)
+
+    def _rows(self, rows: Seq[Rows], g: Tensor) -> tuple[Tensor, Tensor]:
+        """(outputs [n, H], inputs of the LM head [n, H]) of rows with features g."""
+        tokens = torch.tensor([t for r in rows for t in r.tokens])
+        e = self._host.runner.model.embed(tokens.to(g.device)).float()
+        return self.companion.forward(list(rows), self._fc(torch.cat([e, g], -1)))
