@@ -19,7 +19,7 @@ def evidence(quick: bool) -> Mapping[str, Any]:
     from stretto.bench.trial import claims_of
 
     cells, worst = _oracle(2_000 if quick else 20_000, (3, 4) if quick else (3, 4, 5, 6, 7, 8))
-    model = list_model.train(60 if quick else 700)
+    model = list_model.train(200 if quick else 700)
     laws = list_model.table(model, 100 if quick else 400)
     flat = _flat(2 if quick else 12)
     score = {(r["operation"], r["k"], r["temperature"]): r["score"] for r in laws}
