@@ -1,13 +1,18 @@
 """ParallelBench: exact theory, an oracle under the real decoders, generators and scorers, curves."""
 
 import itertools
+import json
 import math
 import random
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from stretto.bench import parallel_theory as theory
 from stretto.bench.curves import aup, budget, kendall, spearman
+from stretto.bench.diffusion_page import render
+from stretto.bench.list_model import OPERATIONS, _rows, _valid, measure, train
 from stretto.bench.oracle import simulate, success_rate
 from stretto.bench.parallel_tasks import PARALLEL_TASKS, parse_list
 from stretto.bench.parallel_text import bleu, chrf, grammatical, rouge_l
@@ -226,3 +231,34 @@ def test_curves():
     assert kendall(a, a) == pytest.approx(1.0) and spearman(a, [-x for x in a]) == pytest.approx(-1.0)
     assert kendall([1, 1], [1, 2]) is None and spearman(a, b) == pytest.approx(spearman(b, a))
     assert ideal("line_shuffle", 4) == theory.success("shuffle_other", 4)
+
+
+def test_the_page_is_written_from_the_evidence():
+    rows = [
+        {"decoder": d, "model": "zoo:x", "method": m, "accuracy": a, "tokens_per_forward": t, "rows_per_token": 3.0,
+         "speed": v}
+        for d, m, a, t, v in (("autoregressive", "ar", 0.95, 1.0, 1.0), ("blocks, FreeDave", "freedave", 0.94, 3.0, 1.4),
+                              ("blocks, threshold 0.6", "diffusion", 0.9, 5.0, 3.0))
+    ]
+    about = {"rows": rows, "skipped": [{"decoder": "y", "reason": "not here"}], "prompts": 7}
+    text = render({"comparison": about, "provenance": {"commit": "abc"}})
+    assert "| blocks, FreeDave | 94.0% | 3.00 | 3.0 | 1.40x |" in text and "commit abc" in text
+    assert "change no token: **blocks, FreeDave**" in text and "one point of accuracy lost or less: **blocks, FreeDave**" in text
+    assert "Fastest of all: **blocks, threshold 0.6**" in text and "Not measured: y (not here)" in text
+    root = Path(__file__).parents[1]
+    if (root / "evidence" / "parallelbench.json").exists():
+        evidence = json.loads((root / "evidence" / "parallelbench.json").read_text())
+        page = (root / "docs" / "diffusion.md").read_text()
+        assert page == render(evidence), "write it again: python -m stretto.bench.diffusion_page"
+
+
+def test_the_list_model_learns_and_its_test_lists_are_never_trained_on():
+    rng = np.random.default_rng(0)
+    ops = np.arange(400) % 4
+    held, seen = (_rows(ops, rng, test=t)[0][:, 3:7] for t in (True, False))
+    assert not {tuple(x) for x in held.tolist()} & {tuple(x) for x in seen.tolist()}
+    prompts, answers = _rows(ops, rng, test=True)
+    assert all(_valid(name, prompts[i::4], answers[i::4], answers[i::4]).all() for i, name in enumerate(OPERATIONS))
+    net = train(3, rows=16)
+    found = measure(net, "copy", 8, temperature=0.0, unmask="fixed", steps=2, score="random", cache="none")
+    assert found["tokens_per_forward"] == 2.0 and 0 <= found["score"] <= 1
