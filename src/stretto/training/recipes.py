@@ -241,7 +241,7 @@ _ALL: tuple[AnyRecipe, ...] = (
     ),
     DistillRecipe(
         name="zoo-tiny-cd4lm", purpose="safe on long jumps (CD4LM), from zoo:tiny-blocks", objective="dscd",
-        options={"student": (0.5, 1.2)},
+        options={"student": (0.5, 1.2), "positions": "truth"},
     ),
     DistillRecipe(
         name="zoo-tiny-own-sft", purpose="plain fine-tuning on own answers, the control of both", objective="sft",
