@@ -86,6 +86,8 @@ def run_distill(
         "lr": recipe.lr, "own_answers": kept,
     }
     write_json(out / "training.json", about)
+    for file in out.iterdir():
+        file.chmod(0o644)
     return about
 
 
