@@ -142,7 +142,7 @@ class FilterRecipe:
     held_out: int = 64
     epochs: int = 1200
     lr: float = 3e-3
-    budget: float = 0.01
+    budget: float = 0.002
     minutes: float = 1.0  # what it takes; the work is fixed
     seed: int = 0
     weights: Mapping[str, float] = field(default_factory=dict)  # task -> share of the mix; all alike
