@@ -18,7 +18,8 @@ from stretto.models.adapter import Adapter
 __all__ = ["KIND", "Filter", "block_inputs"]
 
 KIND = "learn2pd"
-NEUTRAL = {"confidence": 1.0, "margin": 1.0, "entropy": 0.0}  # of a position that is decided
+NEUTRAL = {"confidence": 1.0, "odds": 1.0, "margin": 1.0, "entropy": 0.0}  # of a position that is decided
+SURE = 16.0  # log-odds that count as certain
 
 
 def block_inputs(
@@ -29,8 +30,14 @@ def block_inputs(
     out = np.repeat(np.array([[NEUTRAL[n]] for n in names], np.float32), block, 1)
     at = np.asarray(positions) - start
     for row, name in zip(out, names, strict=True):
-        row[at] = getattr(c, name)
+        row[at] = _odds(c.confidence) if name == "odds" else getattr(c, name)
     return out.ravel()
+
+
+def _odds(p: np.ndarray) -> np.ndarray:
+    """log(p / (1 - p)), in units of ``SURE``, within -1..1: tells 0.999 from 0.99999, which p itself hardly does."""
+    p = np.clip(p, 1e-7, 1 - 1e-7)
+    return np.clip(np.log(p / (1 - p)) / SURE, -1.0, 1.0)
 
 
 class Filter:

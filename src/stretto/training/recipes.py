@@ -136,7 +136,7 @@ class FilterRecipe:
     name: str
     purpose: str
     base: str
-    inputs: tuple[str, ...] = ("confidence",)
+    inputs: tuple[str, ...] = ("odds",)  # the paper: confidence
     hidden: int = 32
     prompts: int = 160
     held_out: int = 64
