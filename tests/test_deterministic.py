@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from stretto.decoding.registry import METHODS
+from test_matrix import CASES
 from tiny import V, engine, greedy, model, run, tokens
 
 MOE = {
@@ -25,8 +26,8 @@ def first_logits(net, prompts):
     seen = []
     original = eng.runner.forward
 
-    def spy(batch):
-        result = original(batch)
+    def spy(batch, *more):
+        result = original(batch, *more)
         seen.append(result.logits.clone())
         return result
 
@@ -43,10 +44,11 @@ def test_bits_do_not_depend_on_batch_mates(net):
         assert torch.equal(first_logits(net, [text])[0], together[i])
 
 
-@pytest.mark.parametrize("name", [n for n, info in METHODS.items() if info.lossless and "causal" in info.kinds and n != "draft"])
+@pytest.mark.parametrize("name", [n for n, info in METHODS.items() if info.lossless and "causal" in info.kinds])
 def test_lossless_methods_equal_plain_decoding(net, name):
     rng = random.Random(1)
     texts = [[rng.choice([5, 6, 7]) for _ in range(12)] for _ in range(3)]
-    got = run(engine(net, backend="torch"), [(t, greedy(16), name, {}) for t in texts])
+    options = CASES.get(name, [{}])[0]
+    got = run(engine(net, backend="torch"), [(t, greedy(16), name, options) for t in texts])
     want = run(engine(net, backend="torch"), [(t, greedy(16), "ar", {}) for t in texts])
     assert [tokens(s) for (s,) in got] == [tokens(s) for (s,) in want]

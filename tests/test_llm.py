@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llm(folder):
-    return LLM(folder, kv_cache_tokens=4096)
+    return LLM(folder, dtype="float32", kv_cache_tokens=4096)
 
 
 def test_generate_has_vllms_shape(llm):

@@ -196,7 +196,7 @@ def test_drafts_shrink_before_anybody_is_preempted_and_grow_again(net):
     run_one = eng.add([5, 9, 7], greedy(8, ignore_eos=True), method)[0]
     while eng.busy:
         eng.step()
-    assert max(seen) == method.plan.nodes and not run_one.seq.metrics.notes
+    assert max(seen) == method.plan.nodes and not any("cut to" in n for n in run_one.seq.metrics.notes)
 
 
 def test_random_workloads_stay_inside(net):

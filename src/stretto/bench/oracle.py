@@ -50,6 +50,7 @@ class OracleRunner:
         self.alloc, self.vocabulary = SlotAllocator(slots), self.config.vocab_size
         self.backend, self.native = "oracle", None
         self.max_rows, self.peak_rows, self.peak_logits = None, 0, 0
+        self.states: dict = {}  # no hidden states are kept
         self._held = np.full((slots, 2), -1, np.int64)  # position and token of each slot
         self._logits = lru_cache(maxsize=1 << 16)(self._conditional)
 

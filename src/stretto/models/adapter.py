@@ -134,6 +134,8 @@ def _weights(model: Transformer) -> list[tuple[str, Tensor]]:
                 if not model.config.tie_word_embeddings:
                     out.append(("lm_head", module.plain()[0]))
                 continue
+            if leaf.startswith("packed_"):
+                continue  # a second form of a weight that is there too
             names = FUSED.get(leaf, (leaf,))
             out += [(f"{owner}.{n}", w) for n, w in zip(names, module.plain(), strict=True)]
         elif isinstance(weight := getattr(module, "weight", None), Tensor):
