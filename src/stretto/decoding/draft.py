@@ -56,7 +56,7 @@ class Options:
 
     model: str = option("zoo:tiny-draft", "the draft: zoo name, directory or hub id; same tokenizer")
     num_draft_tokens: int = option(
-        8, "most tokens drafted in a step: gamma, or the nodes of the tree", low=1, high=63
+        15, "most tokens drafted in a step: gamma, or the nodes of the tree", low=1, high=63
     )
     topk: int = option(1, "most children of a node; 1 = a chain", low=1, high=16)
     depth: int = option(

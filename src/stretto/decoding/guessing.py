@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from stretto.decoding.costs import Rates, Typical
-from stretto.decoding.planner import Planner, room
+from stretto.decoding.planner import Planner, rested, room
 from stretto.decoding.tree import Tree
 from stretto.decoding.verify import accept_chain, accept_tree, choose
 from stretto.engine.host import Host
@@ -227,6 +227,14 @@ class Guide:
         self.planner = Planner(host, [min(0.97, max(0.05, k)) for k in known])
         self.trust = Rates([p for _ in range(depth) for p in SHARE], [4.0] * (CLASSES * depth), 256)
 
+    def rest(self, seqs: list[Sequence]) -> list[Step] | None:
+        """Call before anything else in propose: the steps of plain decoding where nobody shall draft now."""
+        steps = self.planner.rest(seqs, [seq.state for seq in seqs])
+        if steps is not None:
+            for seq in seqs:
+                seq.taps = ()
+        return steps
+
     def depths(self, seqs: list[Sequence]) -> list[int]:
         """How deep each sequence drafts now. 0 also while the states of rows before the root are not there yet."""
         offers = [self._offer(seq) for seq in seqs]
@@ -261,6 +269,8 @@ class Guide:
 
     def commit(self, seqs: list[Sequence], steps: list[Step], outcomes: list[Outcome]) -> list[Commit]:
         """Verify every step against the target, and learn from it."""
+        if (plain := rested(seqs, steps, outcomes)) is not None:
+            return plain
         start = time.perf_counter()
         commits, planner = [], self.planner
         for seq, step, outcome in zip(seqs, steps, outcomes, strict=True):

@@ -62,6 +62,8 @@ class Medusa:
         return len(seq.tokens) - 1
 
     def propose(self, seqs: list[Sequence]) -> list[Step]:
+        if (resting := self.guide.rest(seqs)) is not None:
+            return resting
         start = self.guide.planner.begin()
         depths = self.guide.depths(seqs)
         steps = [Step([seq.tokens[-1]]) for seq in seqs]
