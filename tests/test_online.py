@@ -19,7 +19,6 @@ from stretto.training.parts import FrozenNet, make_part
 from stretto.training.run import write_json
 from stretto.zoo.workbook import examples
 
-drafts = pytest.mark.skipif("medusa" not in METHODS, reason="needs the method that reads the heads")
 PROMPTS = [e.prompt for e in examples("json_call", "test", 40, 3)]
 
 
@@ -122,7 +121,6 @@ def version(llm, folder, number, scale):
     write_json(folder / LATEST, {"version": number, "path": str(path), "metric": 1.5})
 
 
-@drafts
 def test_swaps_between_requests_leave_the_text_alone(llm, tmp_path):
     """A new version every few steps while requests run; the text is plain decoding's, and each names its version."""
     said = []
@@ -154,7 +152,6 @@ def test_swaps_between_requests_leave_the_text_alone(llm, tmp_path):
     llm.engine.taps, llm.engine.watchers, llm.host.parts = (), [], None
 
 
-@drafts
 def test_a_damaged_or_worse_version_is_not_kept(llm, tmp_path):
     drafters = Drafters(llm, tmp_path, enough=4)
     version(llm, tmp_path, 1, 0.01)
@@ -175,7 +172,6 @@ def test_a_damaged_or_worse_version_is_not_kept(llm, tmp_path):
     llm.host.parts = None
 
 
-@drafts
 def test_a_server_learns_from_its_traffic_and_survives_its_trainer():
     server = Server("--online-training", "--online-share", "1", "--sync-interval", "15", "--deterministic")
     try:

@@ -222,9 +222,9 @@ def _maths(devices: Mapping[str, Any]) -> dict[str, Any]:
     d = devices["alpha 0.9"]
     return _claim(
         2, f"simulated only: {d['mirror']:.2f}x plain decoding at acceptance 0.9",
-        f"speculation {d['speculation']:.2f}x", d["mirror"] > d["speculation"],
-        f"40 layers of 0.75 ms, a draft of 2 ms, gamma 7; coverage {d['omega']:.0%} as measured on zoo:tiny; no bar "
-        "was set: no such devices are here",
+        f"speculation {d['speculation']:.2f}x", False,
+        f"40 layers of 0.75 ms, a draft of 2 ms, gamma 7; coverage {d['omega']:.0%} as measured on zoo:tiny; "
+        "a simulation, so it does not count as measured: no such devices are here",
     )
 
 
