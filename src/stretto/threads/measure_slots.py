@@ -138,7 +138,8 @@ def _claims(
         },
         {
             "name": "eight streams", "paper": "+8.2 % a step", "measured": f"+{100 * (eight - 1):.0f} % a step",
-            "baseline": "a step with one row", "bar": "time of a step with 8 rows against 1", "holds": bool(eight <= 1.25),
+            "baseline": "a step with one row", "bar": "time of a step with 8 rows against 1",
+            "holds": bool(eight <= 1.25),
             "note": "holds = at most a quarter more; a small model on a CPU: rows are not free",
         },
         {
