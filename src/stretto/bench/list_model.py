@@ -83,7 +83,7 @@ def measure(
     rng = np.random.default_rng(seed)
     prompts, answers = _rows(np.full(samples, OPERATIONS.index(operation)), rng, test=True)
     runner = Runner(model, slots=16384)
-    engine = Engine(runner, Host(runner, (STOP,), 64, _none), make_decoder=_none, max_seqs=128, prefix_caching=False)
+    engine = Engine(runner, Host(runner, (STOP,), 64), max_seqs=128, prefix_caching=False)
     made = make(method, engine.host, options)
     streams = [
         engine.add(p, SamplingParams(max_tokens=N, temperature=temperature, seed=seed + i, ignore_eos=True), made)[0]
@@ -105,10 +105,6 @@ def _valid(operation: str, prompts: np.ndarray, answers: np.ndarray, got: np.nda
     if operation == "replace_random":
         return ((got == x).sum(1) == N - 1) & ((got == word[:, None]).sum(1) == 1)
     return (got == answers).all(1)
-
-
-def _none(*_: Any) -> Any:
-    raise NotImplementedError
 
 
 def table(model: Transformer, samples: int, seed: int = 1) -> list[Mapping[str, Any]]:

@@ -100,11 +100,8 @@ def success_rate(
     """(share of valid answers, tokens per forward) of ``draws`` answers that a real decoder makes on the oracle."""
     law = outputs(operation, n)
     runner = OracleRunner(law, attention=attention)
-    host = Host(runner, (STOP,), 1 << 20, lambda name: None, plan=False)  # type: ignore[arg-type]
-    engine = Engine(
-        runner, host, make_decoder=lambda skip: None, max_rows=1 << 20, max_seqs=batch,  # type: ignore[arg-type]
-        prefix_caching=False,
-    )
+    host = Host(runner, (STOP,), 1 << 20, plan=False)  # type: ignore[arg-type]
+    engine = Engine(runner, host, max_rows=1 << 20, max_seqs=batch, prefix_caching=False)  # type: ignore[arg-type]
     made = make(method, host, options)
     valid, right, tokens, forwards = set(map(tuple, (runner.law).tolist())), 0, 0, 0
     for start in range(0, draws, batch):

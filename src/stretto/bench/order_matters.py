@@ -105,8 +105,8 @@ def _budget(steps: int, lr: float) -> TrainConfig:
 def _decode(base: Transformer, adapter: Adapter, seed: int, texts: int = 24) -> float:
     """Tokens per forward of sampled answers, with chains of three drafts and no planner."""
     runner = Runner(base, slots=4096)
-    host = Host(runner, (EOS,), 256, _no_second_model, plan=False, parts=lambda kind, name: adapter)
-    engine = Engine(runner, host, make_decoder=_no_text, prefix_caching=False)
+    host = Host(runner, (EOS,), 256, plan=False, parts=lambda kind, name: adapter)
+    engine = Engine(runner, host, prefix_caching=False)
     options = {"version": 1, "depth": 3} if adapter.kind == "eagle" else {}
     method, rng = make(adapter.kind, host, options), random.Random(f"prompts {seed}")
     streams = []
@@ -118,11 +118,3 @@ def _decode(base: Transformer, adapter: Adapter, seed: int, texts: int = 24) -> 
         engine.step()
     metrics = [s.seq.metrics for s in streams]
     return sum(m.tokens for m in metrics) / sum(m.forwards for m in metrics)
-
-
-def _no_second_model(name: str) -> Runner:
-    raise NotImplementedError(name)
-
-
-def _no_text(skip: bool) -> Any:
-    raise NotImplementedError

@@ -72,17 +72,7 @@ class Eagle:
         return len(seq.tokens) - 1
 
     def propose(self, seqs: list[Sequence]) -> list[Step]:
-        if (resting := self.guide.rest(seqs)) is not None:
-            return resting
-        start = self.guide.planner.begin()
-        depths = self.guide.depths(seqs)
-        steps = [Step([seq.tokens[-1]]) for seq in seqs]
-        if able := [i for i, depth in enumerate(depths) if depth]:
-            wanted = [seqs[i] for i in able]
-            for i, offer in zip(able, self._draft(wanted, max(depths)), strict=True):
-                steps[i] = self.guide.step(seqs[i], offer, max(depths))
-        self.guide.planner.pause(start)
-        return steps
+        return self.guide.propose(seqs, self._draft)
 
     def commit(
         self, seqs: list[Sequence], steps: list[Step], outcomes: list[Outcome]

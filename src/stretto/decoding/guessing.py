@@ -227,15 +227,22 @@ class Guide:
         self.planner = Planner(host, [min(0.97, max(0.05, k)) for k in known])
         self.trust = Rates([p for _ in range(depth) for p in SHARE], [4.0] * (CLASSES * depth), 256)
 
-    def rest(self, seqs: list[Sequence]) -> list[Step] | None:
-        """Call before anything else in propose: the steps of plain decoding where nobody shall draft now."""
-        steps = self.planner.rest(seqs, [seq.state for seq in seqs])
-        if steps is not None:
+    def propose(self, seqs: list[Sequence], draft: Callable[[list[Sequence], int], list[Offer]]) -> list[Step]:
+        """``Method.propose``: ``draft(seqs, depth)`` offers drafts for those that it pays for now."""
+        if (resting := self.planner.rest(seqs, [seq.state for seq in seqs])) is not None:
             for seq in seqs:
                 seq.taps = ()
+            return resting
+        start, depths = self.planner.begin(), self._depths(seqs)
+        steps = [Step([seq.tokens[-1]]) for seq in seqs]
+        if able := [i for i, depth in enumerate(depths) if depth]:
+            deepest = max(depths)
+            for i, offer in zip(able, draft([seqs[i] for i in able], deepest), strict=True):
+                steps[i] = self._step(seqs[i], offer, deepest)
+        self.planner.pause(start)
         return steps
 
-    def depths(self, seqs: list[Sequence]) -> list[int]:
+    def _depths(self, seqs: list[Sequence]) -> list[int]:
         """How deep each sequence drafts now. 0 also while the states of rows before the root are not there yet."""
         offers = [self._offer(seq) for seq in seqs]
         return self.planner.allot(seqs, [seq.state for seq in seqs], offers)
@@ -257,7 +264,7 @@ class Guide:
         self._waking.discard(seq.id)
         seq.state = None
 
-    def step(self, seq: Sequence, offer: Offer, depth: int) -> Step:
+    def _step(self, seq: Sequence, offer: Offer, depth: int) -> Step:
         """The drafts that are worth a row; ``depth``: how deep was drafted."""
         least = self.planner.row if self.planner.active else 0.0
         count = len(offer.gains)

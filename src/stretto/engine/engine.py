@@ -25,7 +25,7 @@ from stretto.engine.sampling import Constraint, Sampler
 from stretto.engine.scheduler import Entry, Scheduler
 from stretto.engine.text import StopChecker, TextDecoder
 from stretto.engine.types import Commit, Lease, Method, Outcome, Sequence
-from stretto.errors import CapacityError, PromptError
+from stretto.errors import CapacityError, PromptError, UnsupportedError
 from stretto.models.batch import ForwardResult
 
 __all__ = ["Engine", "Progress", "Stream"]
@@ -57,12 +57,12 @@ class Progress:
 class Engine:
     """Runs sequences of any methods on one model.
 
-    ``make_decoder`` gives an incremental text decoder; ``stop_ids`` end a sequence; ``max_rows`` is the row budget of a
-    forward. After an exception in ``step`` the engine is unusable.
+    ``make_decoder`` gives an incremental text decoder; None: an engine of tokens, which refuses stop strings.
+    ``max_rows`` is the row budget of a forward. After an exception in ``step`` the engine is unusable.
     """
 
     def __init__(
-        self, runner: Runner, host: Host, *, make_decoder: Callable[[bool], TextDecoder],
+        self, runner: Runner, host: Host, *, make_decoder: Callable[[bool], TextDecoder] | None = None,
         max_rows: int = 512, max_seqs: int = 64, prefix_caching: bool = True,
     ):
         self.runner, self.host = runner, host
@@ -130,7 +130,7 @@ class Engine:
                 seq.shift, seq.plain, seq.held = lease.shift, lease.plain, True
             seq.logprobs = [] if params.logprobs is not None else None
             method.admit(seq)
-            decoder = self._make_decoder(params.skip_special_tokens) if params.stop or decode_text else None
+            decoder = self._decoder(params) if params.stop or decode_text else None
             entry = Entry(seq, priority, request)
             stops = StopChecker(params, self.host.stop_ids, decoder)
             streams.append(Stream(request, choice, seq, stops, entry, arrival))
@@ -148,6 +148,11 @@ class Engine:
         if stream.finish_reason is None:
             self._promote(stream)
             self._end(stream, "abort")
+
+    def _decoder(self, params: SamplingParams) -> TextDecoder:
+        if self._make_decoder is None:
+            raise UnsupportedError("this engine has no tokenizer: give token ids to stop at (stop_token_ids), not text")
+        return self._make_decoder(params.skip_special_tokens)
 
     def _check(self, prompt: list[int], params: SamplingParams, shift: int = 0) -> None:
         limit, vocabulary = self.host.max_model_len, self.runner.vocabulary

@@ -9,23 +9,29 @@ import numpy as np
 from torch import Tensor
 
 from stretto.engine.runner import Runner
+from stretto.errors import UnsupportedError
 from stretto.models.adapter import AUTO, Adapter, open_adapter
 from stretto.models.config import ModelConfig
 
 __all__ = ["Host"]
 
 
+def _alone(name: str) -> Runner:
+    raise UnsupportedError(f"{name!r} cannot be opened: this engine runs one model (LLM can open a second one)")
+
+
 @dataclass(slots=True)
 class Host:
     """``runner`` runs the target model. ``stop_ids`` end a sequence. ``open_runner(model)`` loads another model with
-    a K/V pool of its own (a draft) and checks that its vocabulary fits. ``max_model_len`` in tokens.
+    a K/V pool of its own (a draft) and checks that its vocabulary fits; by default there is none. ``max_model_len`` in
+    tokens.
     ``plan``: methods may switch themselves off where the measured curve says so. ``parts(kind, name)``: where trained
     parts come from, instead of the zoo and the disk."""
 
     runner: Runner
     stop_ids: tuple[int, ...]
     max_model_len: int
-    open_runner: Callable[[str], Runner]
+    open_runner: Callable[[str], Runner] = _alone
     plan: bool = True
     parts: Callable[[str, str], Adapter] | None = None
     notes: list[str] = field(default_factory=list)

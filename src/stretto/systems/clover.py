@@ -108,8 +108,8 @@ def _over_medusa(speed: dict[int, dict[str, dict[str, float]]]) -> dict[str, Any
     return _claim(
         "throughput over Medusa", f"percentage points of plain decoding's speed, by batch: {points}",
         f"medusa: {_line(speed, 'medusa')}",
-        any(p > 0 and max(s["clover"]["speedup"], s["clover-2"]["speedup"]) > 1.0
-            for p, s in zip(points.values(), speed.values(), strict=True)),  # two that rest are not compared
+        any(p >= 3 and max(s["clover"]["speedup"], s["clover-2"]["speedup"]) >= 1.03
+            for p, s in zip(points.values(), speed.values(), strict=True)),  # beyond the noise, and of one that drafts
         "on a model whose own forward takes a third of a millisecond, a head that waits for the one before costs more "
         "than it gains where the texts are easy to foresee",
     )

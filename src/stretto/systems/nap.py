@@ -8,7 +8,6 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from stretto.errors import UnsupportedError
 from stretto.systems.types import Claim, System
 
 SYSTEM = System(
@@ -142,8 +141,8 @@ def _decoded(model: Any, kind: str, k: int, tests: list[Any]) -> dict[str, Any]:
 
     layout, tokenizer = _layout(), workbook._tokenizer()
     runner = Runner(copy.deepcopy(model), slots=8192)
-    host = Host(runner, (layout.end,), 1024, _no_second_model, plan=False)
-    engine = Engine(runner, host, make_decoder=_no_text, max_rows=4096, max_seqs=24)
+    host = Host(runner, (layout.end,), 1024, plan=False)
+    engine = Engine(runner, host, max_rows=4096, max_seqs=24)
     options: dict[str, Any] = {"tokens_per_step": k, "streams": 1, "stream_length": layout.places}
     if kind == "streams":
         tags = {name: getattr(layout, name) for name in ("open", "close", "summary")}
@@ -163,14 +162,6 @@ def _decoded(model: Any, kind: str, k: int, tests: list[Any]) -> dict[str, Any]:
     forwards = sum(s.seq.metrics.forwards for s in begun) / len(begun)
     return {"accuracy": round(100 * right / len(tests), 1), "forwards": round(forwards, 1),
             "seconds": round(seconds, 2), "arness": round(sum(order) / len(order), 3)}  # fmt: skip
-
-
-def _no_second_model(name: str) -> Any:
-    raise UnsupportedError(f"{name}: one model is measured here")
-
-
-def _no_text(skip: bool) -> Any:
-    return None
 
 
 def _order(quick: bool) -> dict[str, float]:

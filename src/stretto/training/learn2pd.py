@@ -62,8 +62,8 @@ def record(
     c = model.config
     block = block or (c.block_size if c.attention == "block" else 32)
     runner = Runner(copy.deepcopy(model), slots=slots)
-    host = Host(runner, tuple(stops), c.max_position_embeddings, _none)
-    engine = Engine(runner, host, make_decoder=_none, max_seqs=64, prefix_caching=False)
+    host = Host(runner, tuple(stops), c.max_position_embeddings)
+    engine = Engine(runner, host, max_seqs=64, prefix_caching=False)
     method = make("diffusion", host, {"unmask": "fixed", "block_length": block})
     seen: list[tuple[State, Candidates, np.ndarray]] = []
 
@@ -208,7 +208,3 @@ def _prompts(recipe: FilterRecipe, split: str, n: int) -> tuple[list[list[int]],
     stream = workbook.stream("train", (recipe.seed + 3) * 1_000_003 + (split == "held"), recipe.weights or None)
     pairs = [workbook.encode(next(stream)) for _ in range(n)]
     return [p for p, _ in pairs], [-(-len(a) * 5 // 32) * 8 for _, a in pairs]
-
-
-def _none(*_: Any) -> Any:
-    raise NotImplementedError

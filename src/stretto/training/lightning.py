@@ -133,11 +133,8 @@ def rollout_engine(model: Transformer, stop_ids: Sequence[int], *, seqs: int, ba
     limit = min(1024, model.config.max_position_embeddings)
     runner = Runner(copy.deepcopy(model).eval(), slots=seqs * 256, backend=backend)
 
-    def alone(name: str) -> Runner:
-        raise UnsupportedError(f"{name}: rollouts run one model")
-
-    host = Host(runner, tuple(stop_ids), limit, alone, plan=False)
-    return Engine(runner, host, make_decoder=lambda skip: None, max_rows=16 * seqs, max_seqs=seqs, prefix_caching=False)
+    host = Host(runner, tuple(stop_ids), limit, plan=False)
+    return Engine(runner, host, max_rows=16 * seqs, max_seqs=seqs, prefix_caching=False)
 
 
 def lightning(

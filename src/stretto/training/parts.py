@@ -173,8 +173,8 @@ class Answers:
 
         runner = Runner(copy.deepcopy(base), slots=slots)  # the torch forward repacks the weights
         self._stop = special_ids()["<|im_end|>"]
-        host = Host(runner, (self._stop,), base.config.max_position_embeddings, _no_second_model)
-        self._engine = Engine(runner, host, make_decoder=_no_text, max_seqs=64, prefix_caching=False)
+        host = Host(runner, (self._stop,), base.config.max_position_embeddings)
+        self._engine = Engine(runner, host, max_seqs=64, prefix_caching=False)
         causal = base.config.attention == "causal"
         self._method = make("ar", host, {}) if causal else make("diffusion", host, {"unmask": "fixed"})
 
@@ -187,14 +187,6 @@ class Answers:
         while self._engine.busy:
             self._engine.step()
         return [s.seq.tokens[s.seq.prompt_len :] for s in streams]
-
-
-def _no_second_model(name: str) -> Runner:
-    raise NotImplementedError(name)
-
-
-def _no_text(skip: bool) -> Any:
-    raise NotImplementedError
 
 
 def own_documents(

@@ -2,7 +2,8 @@
 
 Every case is one trie: the prompt, behind it the call as JSON (the sequential form, so that one model has both), and
 one short stream a field: opener, value, closer. The opener selects the field and stands for the fixed syntax; unused
-fields say null. Only values, nulls and closers are learnt. A share of ordinary examples keeps what the base could do.
+fields say null. The arguments stand behind the prompt, and once more behind the name (coupling "after_function").
+Only values, nulls and closers are learnt. A share of ordinary examples keeps what the base could do.
 """
 
 from __future__ import annotations
@@ -46,11 +47,14 @@ def case_units(case: tools.ToolCase) -> list[Unit]:
     t = workbook._tokenizer()
     prompt, answer = workbook.encode(workbook.Example("", "", case.prompt, case.answer))
     units = [Unit([*prompt, *answer], len(prompt))]
-    null = t.token_to_id(SLOTS["null"])
-    for opener, closer, value in zip(SLOTS["openers"], SLOTS["closers"], case.fields, strict=True):
-        ids = [null] if value is None else t.encode(value, add_special_tokens=False).ids
-        stream = [*prompt, t.token_to_id(opener), *ids, t.token_to_id(closer)]
-        units.append(Unit(stream, len(prompt) + 1, 1.0 if value is not None else NULL_WEIGHT))
+    null = [t.token_to_id(SLOTS["null"])]
+    ids = [null if v is None else t.encode(v, add_special_tokens=False).ids for v in case.fields]
+    marks = [(t.token_to_id(a), t.token_to_id(b)) for a, b in zip(SLOTS["openers"], SLOTS["closers"], strict=True)]
+    named = [*prompt, marks[0][0], *ids[0], marks[0][1]]
+    for i, (value, (opener, closer)) in enumerate(zip(ids, marks, strict=True)):
+        used = i <= len(case.arguments)
+        for stem in [prompt, named] if i and used else [prompt]:
+            units.append(Unit([*stem, opener, *value, closer], len(stem) + 1, 1.0 if used else NULL_WEIGHT))
     return units
 
 

@@ -151,10 +151,8 @@ def collect(
     net = copy.deepcopy(model).eval()
     most = max(map(len, prompts)) + max_tokens + n
     runner = Runner(net, slots=BATCH * most + 64, deterministic=True)
-    host = Host(runner, tuple(stop_ids), model.config.max_position_embeddings, _no_second_model, plan=False)
-    eng = Engine(
-        runner, host, make_decoder=lambda skip: None, max_rows=2048, max_seqs=BATCH, prefix_caching=False,  # type: ignore[arg-type, return-value]
-    )
+    host = Host(runner, tuple(stop_ids), model.config.max_position_embeddings, plan=False)
+    eng = Engine(runner, host, max_rows=2048, max_seqs=BATCH, prefix_caching=False)
     recorder, params = Recorder(n, seed, banned), SamplingParams(max_tokens=max_tokens, temperature=0.0)
     streams: list[Stream] = [eng.add(list(p), params, recorder)[0] for p in prompts]
     while eng.busy:
@@ -164,10 +162,6 @@ def collect(
         "tokens": float(sum(s.seq.metrics.tokens for s in streams)),
     }
     return [recorder.done[s.seq] for s in streams], sums
-
-
-def _no_second_model(name: str) -> Runner:
-    raise UnsupportedError(f"no second model ({name}) while trajectories are recorded")
 
 
 def fingerprint(model: Transformer) -> str:

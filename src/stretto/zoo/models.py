@@ -146,7 +146,7 @@ def _zoo(name: str) -> Path:
     model = MODELS[name]
     if not (model.folder / "config.json").exists():
         raise CheckpointError(
-            f"{PREFIX}{name} has no weights in {model.folder}: make them with 'stretto train {model.recipe}'"
+            f"{PREFIX}{name} ships without weights: 'stretto train {model.recipe} --out DIR' makes them"
         )
     return model.folder
 
