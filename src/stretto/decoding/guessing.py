@@ -229,7 +229,8 @@ class Guide:
 
     def propose(self, seqs: list[Sequence], draft: Callable[[list[Sequence], int], list[Offer]]) -> list[Step]:
         """``Method.propose``: ``draft(seqs, depth)`` offers drafts for those that it pays for now."""
-        if (resting := self.planner.rest(seqs, [seq.state for seq in seqs])) is not None:
+        waking = bool(self._waking) and any(seq.id in self._waking for seq in seqs)
+        if not waking and (resting := self.planner.rest(seqs, [seq.state for seq in seqs])) is not None:
             for seq in seqs:
                 seq.taps = ()
             return resting

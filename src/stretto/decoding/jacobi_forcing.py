@@ -18,7 +18,7 @@ from math import ceil
 from stretto.decoding.ar import require_causal
 from stretto.decoding.jacobi import answers_along, settle
 from stretto.decoding.options import option
-from stretto.decoding.planner import Pace, Planner, room
+from stretto.decoding.planner import Pace, Planner, rested, room
 from stretto.decoding.tree import Tree
 from stretto.decoding.verify import accept_chain, accept_tree
 from stretto.engine.host import Host
@@ -89,12 +89,15 @@ class JacobiForcing:
         return len(seq.tokens) - 1
 
     def propose(self, seqs: list[Sequence]) -> list[Step]:
+        paces = [s.state.pace for s in seqs]
+        if (resting := self.planner.rest(seqs, paces)) is not None:
+            return resting
         start = self.planner.begin()
         wanted = [self._window(seq) for seq in seqs]
         offers = [[s.state.pace.rates.rate[BLOCK]] if n else [] for s, n in zip(seqs, wanted, strict=True)]
         prices = [self._price(s, n) for s, n in zip(seqs, wanted, strict=True)]
         counts = self.planner.allot(
-            seqs, [s.state.pace for s in seqs], offers, width=max(1, *wanted), entry=prices,
+            seqs, paces, offers, width=max(1, *wanted), entry=prices,
             tag=(max(wanted), prices[0] > 0.0),
         )
         steps = [
@@ -107,6 +110,10 @@ class JacobiForcing:
     def commit(
         self, seqs: list[Sequence], steps: list[Step], outcomes: list[Outcome]
     ) -> list[Commit]:
+        if (plain := rested(seqs, steps, outcomes)) is not None:
+            for seq in seqs:
+                seq.state.guesses, seq.state.warm = [], 0
+            return plain
         start = time.perf_counter()
         commits = [self._commit(*item) for item in zip(seqs, steps, outcomes, strict=True)]
         self.planner.end(start, len(seqs), sum(map(len, steps)) - len(seqs))

@@ -20,7 +20,7 @@ import torch
 from stretto.decoding.ar import require_causal
 from stretto.decoding.mirror_worker import CLOSE, EARLY, OPEN, VERDICT, Worker
 from stretto.decoding.options import option
-from stretto.decoding.planner import Pace, Planner, room
+from stretto.decoding.planner import Pace, Planner, rested, room
 from stretto.decoding.verify import accept_chain
 from stretto.engine.host import Host
 from stretto.engine.types import Commit, Outcome, Sequence, Step
@@ -91,6 +91,10 @@ class Mirror:
         return len(seq.tokens) - 1
 
     def propose(self, seqs: list[Sequence]) -> list[Step]:
+        if (resting := self.planner.rest(seqs, [s.state.pace for s in seqs])) is not None:
+            for seq in seqs:
+                self._forget(seq)  # what the worker knows of it goes stale
+            return resting
         start = self.planner.begin()
         offers = [self._offer(seq) for seq in seqs]
         counts = self.planner.allot(seqs, [s.state.pace for s in seqs], offers)
@@ -102,6 +106,8 @@ class Mirror:
     def commit(
         self, seqs: list[Sequence], steps: list[Step], outcomes: list[Outcome]
     ) -> list[Commit]:
+        if (plain := rested(seqs, steps, outcomes)) is not None:
+            return plain
         start = time.perf_counter()
         self.worker.stats.mark("target", f"layers {self.exit + 1}..", self._start)
         commits = [self._commit(*item) for item in zip(seqs, steps, outcomes, strict=True)]
@@ -109,12 +115,16 @@ class Mirror:
         return commits
 
     def release(self, seq: Sequence) -> None:
-        if seq.state.sent:
-            self.worker.post(CLOSE, seq.id)
+        self._forget(seq)
         seq.state = None
 
     def preemptible(self, seq: Sequence) -> bool:
         return True
+
+    def _forget(self, seq: Sequence) -> None:
+        if seq.state.sent:
+            self.worker.post(CLOSE, seq.id)
+            seq.state.sent, seq.state.step = False, 0
 
     def _offer(self, seq: Sequence) -> list[float]:
         limit = min(self._o.num_draft_tokens, room(seq))

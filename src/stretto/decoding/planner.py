@@ -32,6 +32,7 @@ WEALTH = 8  # plain steps that the bank holds at most: what may be lost where a 
 START = 4  # plain steps in the bank at first: enough for some probes of a method that nothing is known of
 PROBE_GAP = 16  # steps of one sequence between two probes
 REST = 32  # steps of a sequence that is switched off between two looks at offers that do not change
+DECLINES, NAP, LONGEST_NAP = 8, 32, 256  # looks in vain in a row, whosever, before all rest; steps of the first nap
 REPLAN = 4  # drafted steps between two decisions on the same offer
 SAMPLE = 8  # steps to one whose overhead is looked at
 ROOT, RESTED = range(1), "rested"
@@ -103,6 +104,9 @@ class Planner:
         self._plain = self._longest  # seconds of a plain step
         self.bank = START * self._plain
         self._tick = 0
+        self._vain, self._nap, self._next_nap = 0, 0, NAP  # looks in vain in a row; steps to rest now, and next time
+        self._unprobed = 0  # steps of any sequence since the last probe
+        self._why = "no offer was worth its rows"  # the last reason given
         self.level = self.row = 0.0  # tokens that the time of a draft's forward, of a row would give elsewhere
 
     def pace(self) -> Pace:
@@ -143,13 +147,19 @@ class Planner:
         """
         if not self.active:
             return None
-        if self.bank >= 0.0:
+        if self._nap <= 0 and self.bank >= 0.0:
             for pace in paces:
                 if pace.rest <= 0:
                     return None
-        for pace in paces:
+        napping = self._nap > 0
+        self._nap -= len(paces)
+        self._unprobed += len(paces)
+        for seq, pace in zip(seqs, paces, strict=True):
             pace.rest -= 1
             pace.waited += 1
+            if napping and not pace.noted:
+                pace.noted = True
+                seq.metrics.note(f"speculation off: it did not pay for the texts before ({self._why})")
         self._earn(ALLOWANCE * len(paces) * self._plain)
         self._ended = 0.0
         return [Step([seq.tokens[-1]], extra=RESTED) for seq in seqs]
@@ -178,6 +188,7 @@ class Planner:
             return [len(o) for o in offers]
         if not any(offers):
             self._looked(len(seqs))
+            self._in_vain()
             return [0] * len(seqs)
         if len(seqs) > 1:
             return self._allot(seqs, paces, offers, width, depths, entry)
@@ -192,6 +203,7 @@ class Planner:
             pace.idle = idle
             pace.waited += 1
             self._looked(1)
+            self._in_vain()
             return [0]
         counts = self._allot(seqs, paces, offers, width, depths, entry)
         pace.memo[key] = (0 if pace.off else counts[0], pace.price)
@@ -256,13 +268,23 @@ class Planner:
             self._note(seq, offer, n, target, levels, start, width)
         k = min(self._probe, len(offer))
         if not pace.probing:
-            if pace.waited < PROBE_GAP or self.bank < start + self._rows(k, n, target, levels, width):
+            waited = max(pace.waited, self._unprobed)
+            if waited < PROBE_GAP or self.bank < start + self._rows(k, n, target, levels, width):
                 if self._steady and pace.idle >= self._note_after:
                     pace.rest = REST
+                self._in_vain()
                 return 0
             pace.probing = self._patience
-        pace.waited = 0
+        pace.waited = self._unprobed = 0
         return k
+
+    def _in_vain(self) -> None:
+        """A look that came to nothing. Many in a row, also of different sequences, and the method naps: texts may be
+        too short for each of them to find out anew what all the others did."""
+        self._vain += 1
+        if self._steady and self._vain >= DECLINES:
+            self._vain, self._nap = 0, self._next_nap
+            self._next_nap = min(2 * self._next_nap, LONGEST_NAP)
 
     def _note(
         self, seq: Sequence, offer: Seq[float], n: int, target: Seq[float],
@@ -280,6 +302,7 @@ class Planner:
                     f"{1 + gain:.2f} tokens expected for {cost:.2f} times the time of one "
                     f"({width * k + 1} rows, batch {n})"
                 )
+        self._why = text
         seq.metrics.note(f"speculation off at output token {seq.generated}: {text}")
 
     def learn(self, pace: Pace, key: int, hit: float) -> None:
@@ -323,6 +346,8 @@ class Planner:
     def probed(self, pace: Pace, accepted: int) -> None:
         """Settle a step with drafts. A probe that found nothing ends; one that did goes on, and weighs more."""
         self._earn((accepted + ALLOWANCE) * self._plain - pace.price)
+        if accepted:
+            self._vain, self._next_nap = 0, NAP
         if pace.probing:
             pace.probing = self._patience if accepted else pace.probing - 1
             pace.rates.trials = [min(t, 6) for t in pace.rates.trials]
