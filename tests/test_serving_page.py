@@ -155,3 +155,37 @@ def test_on_a_phone_nothing_overflows(browser):
     browser.shot("phone-top")
     browser.run("document.getElementById('lanes').scrollIntoView()")
     browser.shot("phone-lanes")
+
+
+def test_threads_run_side_by_side_and_join(browser, server):
+    browser.size(1200, 1000)
+    browser.run("document.getElementById('tab-threads').focus()")
+    browser.keys("\ue007")
+    assert browser.run("[weave.hidden, ask.hidden, lanes[0].offsetParent === null]") == [False, True, True]
+    browser.run("document.getElementById('starts').focus()")
+    browser.run("weave.requestSubmit()")
+    assert browser.until("(s => s !== 'running' && s)(document.getElementById('weavestatus').textContent)") == "done"
+    texts = browser.run("[...document.querySelectorAll('.strand .out')].map(o => o.textContent)")
+    assert [json.loads(t[: t.index("}}") + 2]) for t in texts] == [
+        {"name": "set_light", "arguments": {"room": room, "color": "blue", "level": 40}}
+        for room in ("kitchen", "cellar", "attic")
+    ]
+    assert browser.run("document.getElementById('joined').textContent") == "".join(t + "\n" for t in texts)
+    browser.shot("threads")
+    browser.run("(each.value = '400', until.value = '', starts.value = 'a\\nb', weave.requestSubmit())")
+    browser.until("document.querySelectorAll('.strand .out span').length > 4")
+    browser.run("document.getElementById('weavestop').click()")
+    browser.until("['stopped', 'done'].includes(document.getElementById('weavestatus').textContent)")
+    end = time.monotonic() + 10
+    while (stats := server.get("/health")[2])["running"] or stats["sessions"]:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_threads_on_a_phone(browser):
+    browser.size(375, 800)
+    assert browser.run("document.documentElement.scrollWidth") <= 375
+    unnamed = browser.run("[...document.querySelectorAll('#weave input,#weave select,#weave textarea')].filter(e => !e.labels.length).map(e => e.id)")
+    small = browser.run("[...document.querySelectorAll('button,select,input,textarea')].filter(e => e.offsetParent && e.offsetHeight < 40).map(e => e.id)")
+    assert not unnamed and not small
+    browser.shot("threads-phone")

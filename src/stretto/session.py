@@ -9,7 +9,7 @@ all siblings), or start at a number of their own. Source: fork/join as in SGLang
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from stretto.engine.cache import View
-from stretto.engine.engine import Stream
+from stretto.engine.engine import Progress, Stream
 from stretto.engine.feed import Feed
 from stretto.engine.params import SamplingParams
 from stretto.engine.types import Lease, Metrics
@@ -251,13 +251,15 @@ class Session(Thread):
 
     ``max_threads``: living threads at once; ``max_evaluated``, ``max_path``: budgets in evaluated tokens and in tokens
     of the critical path; a ``gen`` that finds one used up raises CapacityError, and max_tokens is cut to the path's.
+    ``step``: what runs a forward, where somebody else must see the progress of all streams (default: the engine's).
     """
 
     def __init__(
         self, llm: Any, prompt: Text, *, salt: str = "", priority: int = 0, max_threads: int = 64,
         max_evaluated: int | None = None, max_path: int | None = None,
+        step: Callable[[], list[Progress]] | None = None,
     ):
-        self.llm, self.usage = llm, Usage()
+        self.llm, self.usage, self._step = llm, Usage(), step or llm.engine.step
         self.salt, self.priority = salt, priority
         self.max_threads, self.max_evaluated, self.max_path = max_threads, max_evaluated, max_path
         self._count = 0
@@ -306,34 +308,35 @@ class Session(Thread):
 
     async def arun(self, jobs: list[tuple[Thread, Any, SamplingParams]]) -> list[Generated]:
         """``run`` that lets other tasks of the event loop put their rows into the same forwards."""
-        streams, results = self._submit(jobs), None
+        streams, results = self.submit(jobs), None
         try:
             while results is None:
                 await asyncio.sleep(0)
                 if any(s.finish_reason is None for s in streams):
-                    self.llm.engine.step()
+                    self._step()
                     self.usage.forwards += 1
                 else:
-                    results = self._collect(jobs, streams)
+                    results = self.collect(jobs, streams)
             return results
         finally:
-            self._abandon(jobs, streams)
+            self.abandon(jobs, streams)
 
     def events(self, jobs: list[tuple[Thread, Any, SamplingParams]]) -> Iterator[Event]:
         """``run``, step by step. Leaving the iterator early aborts what still runs."""
-        streams = self._submit(jobs)
+        streams = self.submit(jobs)
         of = {stream: thread.id for stream, (thread, _, _) in zip(streams, jobs, strict=True)}
         try:
             while any(s.finish_reason is None for s in streams):
-                for news in self.llm.engine.step():
+                for news in self._step():
                     if news.stream in of:
                         yield Event(of[news.stream], news.tokens, news.finish_reason)
                 self.usage.forwards += 1
-            self._results = self._collect(jobs, streams)
+            self._results = self.collect(jobs, streams)
         finally:
-            self._abandon(jobs, streams)
+            self.abandon(jobs, streams)
 
-    def _submit(self, jobs: list[tuple[Thread, Any, SamplingParams]]) -> list[Stream]:
+    def submit(self, jobs: list[tuple[Thread, Any, SamplingParams]]) -> list[Stream]:
+        """Queue the jobs; who steps the engine himself calls ``collect`` when all have finished, or ``abandon``."""
         streams: list[Stream] = []
         try:
             for thread, method, params in jobs:
@@ -350,7 +353,7 @@ class Session(Thread):
                 )
                 thread.busy = True
         except BaseException:
-            self._abandon(jobs, streams)
+            self.abandon(jobs, streams)
             raise
         return streams
 
@@ -366,7 +369,8 @@ class Session(Thread):
             raise CapacityError(f"thread {thread.id} has a path of {thread.depth} tokens: max_path={self.max_path}")
         return replace(params, max_tokens=min(left, params.max_tokens))
 
-    def _collect(self, jobs: list[tuple[Thread, Any, SamplingParams]], streams: list[Stream]) -> list[Generated]:
+    def collect(self, jobs: list[tuple[Thread, Any, SamplingParams]], streams: list[Stream]) -> list[Generated]:
+        """The threads take over what their finished streams generated."""
         out = []
         for (thread, method, _), stream in zip(jobs, streams, strict=True):
             seq = stream.seq
@@ -383,7 +387,7 @@ class Session(Thread):
             out.append(Generated(thread.id, text, new, stream.finish_reason, seq.logprobs, seq.metrics))
         return out
 
-    def _abandon(self, jobs: list[tuple[Thread, Any, SamplingParams]], streams: list[Stream]) -> None:
+    def abandon(self, jobs: list[tuple[Thread, Any, SamplingParams]], streams: list[Stream]) -> None:
         """Abort what still runs; the threads stay where they were before."""
         for (thread, _, _), stream in zip(jobs, streams, strict=False):
             if thread.busy:

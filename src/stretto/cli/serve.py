@@ -57,6 +57,10 @@ def serve(
         int, typer.Option("--max-queued-tokens", help="Prompt tokens that may wait; beyond: 429.")
     ] = 65536,
     max_choices: Annotated[int, typer.Option("--max-choices", help="Largest n of a request.")] = 16,
+    max_sessions: Annotated[int, typer.Option("--max-sessions", help="Sessions that may be open.", min=0)] = 16,
+    session_timeout: Annotated[
+        float, typer.Option("--session-timeout", help="Seconds after which an idle session ends.", min=1.0)
+    ] = 300.0,
     max_body: Annotated[int, typer.Option("--max-body", help="Bytes of a body; beyond: 413.")] = 4 << 20,
     timeout: Annotated[
         float | None, typer.Option("--timeout", help="Seconds after which a request is given up.")
@@ -123,6 +127,7 @@ def serve(
         api_keys=keys, max_queued_requests=max_queued_requests, max_queued_tokens=max_queued_tokens,
         max_choices=max_choices, max_body=max_body, timeout=timeout, drain_timeout=drain_timeout,
         restarts=supervise, strict=strict, paths=allow_model or (),
+        sessions={"most": max_sessions, "idle": session_timeout},
     )
     if not as_json:
         typer.echo(f"stretto serve {model}: loading", err=True)

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stretto.models.tokenizer import Tokenizer
+from stretto.serving.link import Channel
 from stretto.serving.requests import Job
 from stretto.serving.tools import Reader
 
-__all__ = ["Answer", "ChatShape", "CompletionShape", "Shape", "cost", "usage"]
+__all__ = ["Answer", "ChatShape", "CompletionShape", "Shape", "collect", "cost", "usage"]
 
 LOWEST = -9999.0  # what stands for a log-probability of minus infinity: JSON has none
 
@@ -36,6 +37,15 @@ class Answer:
         self.logprobs += event.get("logprobs", ())
         self.finish = event.get("finish")
         self.cost = event.get("cost", self.cost)
+
+
+async def collect(channel: Channel) -> list[Answer]:
+    """The finished answers of a channel's choices."""
+    answers = [Answer(i) for i in range(channel.choices)]
+    while events := await channel.take():
+        for event in events:
+            answers[event["choice"]].add(event)
+    return answers
 
 
 class Shape:

@@ -15,13 +15,14 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from stretto import __version__
-from stretto.serving.answers import Answer, ChatShape, CompletionShape, Shape, cost, usage
-from stretto.serving.edge import Edge, EventStream, gone
+from stretto.serving.answers import Answer, ChatShape, CompletionShape, Shape, collect, cost, usage
+from stretto.serving.edge import Edge, EventStream, while_there
 from stretto.serving.link import Channel
 from stretto.serving.problems import Json, Problem, problem_of
 from stretto.serving.requests import Job, chat_job, completion_jobs
 from stretto.serving.schemas import ChatBody, CompletionBody, DetokenizeBody, SamplingBody, TokenizeBody
 from stretto.serving.service import Service
+from stretto.serving.session_routes import add_sessions
 from stretto.serving.tools import Reader
 
 __all__ = ["create_app"]
@@ -33,7 +34,7 @@ DECLARED: dict[int | str, dict[str, Any]] = {
     503: {"description": "No engine now, or the server is shutting down."},
 }
 POLICY = "default-src 'self'; img-src 'self' data:"
-PAGE = {"": "text/html", "page.js": "text/javascript", "page.css": "text/css"}
+PAGE = {"": "text/html", "page.js": "text/javascript", "threads.js": "text/javascript", "page.css": "text/css"}
 
 
 def create_app(service: Service) -> FastAPI:
@@ -54,6 +55,7 @@ def create_app(service: Service) -> FastAPI:
     for kind in (Problem, *_ours()):
         app.add_exception_handler(kind, _any)
     _completions(app, service)
+    add_sessions(app, service, DECLARED)
     _about(app, service)
     _text(app, service)
     _page(app)
@@ -65,7 +67,7 @@ def _described(app: FastAPI, service: Service) -> dict[str, Any]:
     """The OpenAPI page; ``model`` can only be what is served."""
     page = FastAPI.openapi(app)
     for name, schema in page["components"]["schemas"].items():
-        if name in ("ChatBody", "CompletionBody"):
+        if name in ("ChatBody", "CompletionBody", "GenBody", "SessionBody"):
             schema["properties"]["model"]["enum"] = [service.name]
     return page
 
@@ -117,14 +119,7 @@ async def _answer(
         if body.stream:
             events = _chunks(service, body, jobs, channels, shape)
             return EventStream(events, lambda: _abort(service, channels), headers=_headers(body))
-        work = asyncio.ensure_future(_collect(service, jobs, channels))
-        leave = asyncio.ensure_future(gone(request))
-        await asyncio.wait([work, leave], return_when=asyncio.FIRST_COMPLETED)
-        leave.cancel()
-        if not work.done():
-            work.cancel()
-            raise Problem(400, "the client left", code="disconnected")
-        answers = work.result()
+        answers = await while_there(request, _collect(channels))
     except BaseException:
         _abort(service, channels)
         raise
@@ -149,15 +144,8 @@ def _abort(service: Service, channels: Sequence[Channel]) -> None:
         service.link.abort(channel)
 
 
-async def _collect(service: Service, jobs: Sequence[Job], channels: Sequence[Channel]) -> list[list[Answer]]:
-    out = []
-    for channel in channels:
-        answers = [Answer(i) for i in range(channel.choices)]
-        while events := await channel.take():
-            for event in events:
-                answers[event["choice"]].add(event)
-        out.append(answers)
-    return out
+async def _collect(channels: Sequence[Channel]) -> list[list[Answer]]:
+    return [await collect(channel) for channel in channels]
 
 
 async def _chunks(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -14,9 +14,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from stretto.serving.problems import Problem, problem_of
 from stretto.serving.service import Service
 
-__all__ = ["Edge", "EventStream", "gone"]
+__all__ = ["Edge", "EventStream", "while_there"]
 
-OPEN = frozenset({"/", "/page.js", "/page.css", "/health", "/ready", "/metrics", "/version", "/openapi.json"})
+T = TypeVar("T")
+
+OPEN = frozenset({
+    "/", "/page.js", "/threads.js", "/page.css", "/health", "/ready", "/metrics", "/version", "/openapi.json",
+})
 
 
 class Edge:
@@ -80,6 +84,19 @@ async def gone(request: Request) -> None:
     """Returns when the client has left."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+async def while_there(request: Request, work: Awaitable[T]) -> T:
+    """What ``work`` gives; Problem, and ``work`` is cancelled, when the client leaves before."""
+    task, leave = asyncio.ensure_future(work), asyncio.ensure_future(gone(request))
+    try:
+        await asyncio.wait([task, leave], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Problem(400, "the client left", code="disconnected")
+        return task.result()
+    finally:
+        leave.cancel()
+        task.cancel()
 
 
 class EventStream(Response):

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stretto.errors import CapacityError, EngineError, InputError, StrettoError, UnsupportedError
-from stretto.serving.protocol import encode, merge_event, read
+from stretto.serving.protocol import UnknownSessionError, encode, merge_event, read
 
 __all__ = ["Channel", "DeadlineError", "Link"]
 
@@ -30,7 +30,7 @@ class DeadlineError(EngineError):
 
 ERRORS: dict[str, Callable[[str], StrettoError]] = {
     "InputError": InputError, "CapacityError": CapacityError, "Deadline": DeadlineError,
-    "UnsupportedError": UnsupportedError,
+    "UnsupportedError": UnsupportedError, "UnknownSessionError": UnknownSessionError,
 }
 
 

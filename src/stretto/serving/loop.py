@@ -22,6 +22,8 @@ from stretto.engine.params import SamplingParams
 from stretto.errors import CapacityError, InputError, StrettoError, UnknownNameError
 from stretto.llm import LLM
 from stretto.serving.drafters import ONLINE, Drafters
+from stretto.serving.held import Held
+from stretto.serving.protocol import UnknownSessionError
 from stretto.serving.samples import LAYER, Recorder
 
 __all__ = ["Loop", "error_of"]
@@ -36,26 +38,31 @@ class _Live:
 
     id: str
     streams: list[Stream]
-    deadline: float | None
     method: str
     options: dict[str, Any]
+    deadline: float | None = None
     sent: list[int] = field(default_factory=list)
     open: int = 0
     store: bool = True
     note: str | None = None
+    ended: Callable[[bool], None] = lambda finished: None  # True: all streams finished; False: given up
 
 
 class Loop:
-    """``publish`` sends a message to the front and never blocks. ``post`` may be called from any thread."""
+    """``publish`` sends a message to the front and never blocks. ``post`` may be called from any thread. ``sessions``:
+    limits of ``Held``."""
 
-    def __init__(self, llm: LLM, publish: Callable[[dict[str, Any]], None]):
+    def __init__(
+        self, llm: LLM, publish: Callable[[dict[str, Any]], None], sessions: Mapping[str, Any] | None = None
+    ):
         self.llm, self._publish = llm, publish
         self._inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._live: dict[str, _Live] = {}
         self._owner: dict[Stream, _Live] = {}
         self._methods: OrderedDict[str, Any] = OrderedDict()
         self._closed = False
-        self.calls: dict[str, Callable[..., Any]] = {"stats": self.stats, "score": self.score}
+        self.held = Held(llm, self.step, self._give_up, **(sessions or {}))
+        self.calls: dict[str, Callable[..., Any]] = {"stats": self.stats, "score": self.score, "session": self.held.do}
         self.drafters: Drafters | None = None
         self.recorder: Recorder | None = None
 
@@ -68,22 +75,31 @@ class Loop:
             self._drain()
             self._expire()
             if self.llm.engine.busy:
-                progress = self.llm.engine.step()
-                self._tell(progress)
+                self.step()
             if self.drafters is not None:
                 self.drafters.poll()
+
+    def step(self) -> list[Progress]:
+        """One forward, and its news to everybody who waits for some."""
+        progress = self.llm.engine.step()
+        self._tell(progress)
+        return progress
 
     def learn(self, folder: Path, plain: str, share: float) -> None:
         """Record what is served into ``folder``, and use the drafters that are published there."""
         self.drafters = Drafters(self.llm, folder, plain=plain)
-        self.recorder = Recorder(self.llm.runner, folder / "samples", lambda s: self._owner[s].store, share=share)
+        self.recorder = Recorder(self.llm.runner, folder / "samples", self._stored, share=share)
         self.llm.engine.taps = (LAYER,)
         self.llm.engine.watchers += [self.recorder, self._judge]
         self.calls |= {"drafters": self._learning, "rollback": self._back, "update": self._update}
 
+    def _stored(self, stream: Stream) -> bool:
+        return stream in self._owner and self._owner[stream].store
+
     def _judge(self, stream: Stream) -> None:
         assert self.drafters is not None
-        self.drafters.judge(stream, str(self._owner[stream].options.get("adapter", "")))
+        if stream in self._owner:
+            self.drafters.judge(stream, str(self._owner[stream].options.get("adapter", "")))
 
     def _learning(self) -> dict[str, Any]:
         assert self.drafters is not None and self.recorder is not None
@@ -103,7 +119,7 @@ class Loop:
         prefix = engine.prefix
         return {
             "running": len(engine.scheduler.running), "waiting": len(engine.scheduler.waiting),
-            "requests": len(self._live), "slots": alloc.total, "used": alloc.used,
+            "requests": len(self._live), "sessions": len(self.held), "slots": alloc.total, "used": alloc.used,
             "prefix": prefix.slots if prefix else 0,
             "prefix_queries": prefix.queries if prefix else 0, "prefix_hits": prefix.hits if prefix else 0,
             "preemptions": engine.scheduler.preemptions, "forwards": engine.forwards, "rows": engine.rows,
@@ -136,7 +152,9 @@ class Loop:
     def _obey(self, message: dict[str, Any]) -> None:
         op = message["op"]
         if op == "add":
-            self._add(message)
+            self._admit(message, self._request)
+        elif op == "gen":
+            self._admit(message, self._threads)
         elif op == "abort":
             self._end(message["id"])
         elif op == "refuse":
@@ -159,28 +177,38 @@ class Loop:
             answer["error"] = error_of(error)
         self._publish(answer)
 
-    def _add(self, message: dict[str, Any]) -> None:
+    def _admit(self, message: dict[str, Any], start: Callable[[dict[str, Any]], _Live]) -> None:
         try:
-            params = message.get("made") or SamplingParams.make(**message["params"])
-            name, options, note = message["method"], message.get("options") or {}, None
-            if name == ONLINE and self.drafters is not None:
-                name, options, note = self.drafters.resolve()
-            method = self._method(name, options)
-            streams = self.llm.engine.add(
-                message["prompt"], params, method, priority=message.get("priority", 0),
-                salt=message.get("salt", ""), constraint=message.get("constraint"), decode_text=True,
-            )
+            live = start(message)
         except StrettoError as error:
             self._publish({"op": "error", "id": message["id"], "error": error_of(error)})
             return
         seconds = message.get("deadline")
-        live = _Live(
-            message["id"], streams, None if seconds is None else time.monotonic() + seconds,
-            name, options, [0] * len(streams), len(streams), message.get("store", True), note,
-        )
+        live.deadline = None if seconds is None else time.monotonic() + seconds
+        live.sent, live.open = [0] * len(live.streams), len(live.streams)
         self._live[live.id] = live
-        self._owner.update((s, live) for s in streams)
+        self._owner.update((s, live) for s in live.streams)
         self._publish({"op": "added", "id": live.id})
+
+    def _request(self, message: dict[str, Any]) -> _Live:
+        params = message.get("made") or SamplingParams.make(**message["params"])
+        name, options, note = message["method"], message.get("options") or {}, None
+        if name == ONLINE and self.drafters is not None:
+            name, options, note = self.drafters.resolve()
+        streams = self.llm.engine.add(
+            message["prompt"], params, self._method(name, options), priority=message.get("priority", 0),
+            salt=message.get("salt", ""), constraint=message.get("constraint"), decode_text=True,
+        )
+        return _Live(message["id"], streams, name, options, store=message.get("store", True), note=note)
+
+    def _threads(self, message: dict[str, Any]) -> _Live:
+        """Threads of a session generate together; choice i is the i-th of them."""
+        params = SamplingParams.make(**message["params"])
+        name, options = message["method"], message.get("options") or {}
+        streams, ended = self.held.gen(
+            message["id"], message["session"], message["owner"], message["threads"], self._method(name, options), params
+        )
+        return _Live(message["id"], streams, name, options, store=False, ended=ended)
 
     def _method(self, name: str, options: Mapping[str, Any]) -> Any:
         """The method with these options; shared while it is kept."""
@@ -204,10 +232,13 @@ class Loop:
 
     def _expire(self) -> None:
         now = time.monotonic()
+        self.held.expire(now)
         for live in [x for x in self._live.values() if x.deadline is not None and x.deadline <= now]:
-            error = {"type": "Deadline", "message": "the deadline of this request passed before it was finished"}
-            self._publish({"op": "error", "id": live.id, "error": error})
-            self._end(live.id)
+            self._give_up(live.id, "the deadline of this request passed before it was finished", "Deadline")
+
+    def _give_up(self, request: str, why: str, kind: str = "InputError") -> None:
+        self._publish({"op": "error", "id": request, "error": {"type": kind, "message": why}})
+        self._end(request)
 
     def _end(self, request: str) -> None:
         live = self._live.pop(request, None)
@@ -215,9 +246,10 @@ class Loop:
             for stream in live.streams:
                 self.llm.engine.abort(stream)
                 self._owner.pop(stream, None)
+            live.ended(False)
 
     def _tell(self, progress: list[Progress]) -> None:
-        events = [self._event(p) for p in progress if p.tokens or p.finish_reason]
+        events = [self._event(p) for p in progress if p.stream in self._owner and (p.tokens or p.finish_reason)]
         if events:
             self._publish({"op": "step", "events": events, "stats": self.stats()})
 
@@ -226,11 +258,12 @@ class Loop:
         live, seq = self._owner[stream], stream.seq
         if progress.finish_reason:
             stream.stops.finish()
-        safe, sent = stream.stops.safe, live.sent[stream.choice]
-        live.sent[stream.choice] = max(safe, sent)
+        choice = live.streams.index(stream)
+        safe, sent = stream.stops.safe, live.sent[choice]
+        live.sent[choice] = max(safe, sent)
         n = len(progress.tokens)
         event: dict[str, Any] = {
-            "id": live.id, "choice": stream.choice, "text": stream.stops.text[sent:safe],
+            "id": live.id, "choice": choice, "text": stream.stops.text[sent:safe],
             "tokens": progress.tokens, "forwards": seq.step_map[len(seq.step_map) - n :],
         }
         if seq.logprobs is not None:
@@ -241,6 +274,7 @@ class Loop:
             live.open -= 1
             if not live.open:
                 self._live.pop(live.id, None)
+                live.ended(True)
         return event
 
 
@@ -259,6 +293,7 @@ def _cost(live: _Live, stream: Stream) -> dict[str, Any]:
 
 def error_of(error: Exception) -> dict[str, Any]:
     """An exception as the front needs it: its class, its message, the option it is about."""
-    kind = "InputError" if isinstance(error, InputError) else type(error).__name__
+    plain = isinstance(error, InputError) and not isinstance(error, UnknownSessionError)
+    kind = "InputError" if plain else type(error).__name__
     param = error.kind.split()[0] if isinstance(error, UnknownNameError) else getattr(error, "name", None)
     return {"type": kind, "message": str(error), "param": param}

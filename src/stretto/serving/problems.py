@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from stretto.errors import CapacityError, EngineError, InputError, UnknownNameError
 from stretto.serving.link import DeadlineError
+from stretto.serving.protocol import UnknownSessionError
 
 __all__ = ["Json", "Problem", "problem_of", "shape"]
 
@@ -56,6 +57,8 @@ def problem_of(error: Exception) -> Problem:
         return error
     if isinstance(error, UnknownNameError):
         return Problem(400, str(error), param=error.kind.split()[0], code="unknown_name")
+    if isinstance(error, UnknownSessionError):
+        return Problem(404, str(error), code="session_not_found")
     if isinstance(error, InputError):
         param = getattr(error, "param", None) or getattr(error, "name", None)
         return Problem(400, str(error), param=PARAMS.get(param, param), code=getattr(error, "code", None))

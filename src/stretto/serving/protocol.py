@@ -2,6 +2,7 @@
 
 front to engine   {"op": "open", ...}      first: how to load the model (fields of worker.open_llm)
                   {"op": "add", "id", "prompt", "params", "method", "options", "salt", "priority", "deadline"}
+                  {"op": "gen", "id", "session", "owner", "threads", "params", "method", "options", "deadline"}
                   {"op": "abort", "id"}    idempotent
                   {"op": "call", "call", "name", "args"}   something of Loop.CALLS, answered in the engine's thread
                   {"op": "close"}
@@ -23,9 +24,15 @@ import json
 import socket
 from typing import Any
 
-__all__ = ["LIMIT", "encode", "merge", "merge_event", "read", "receive"]
+from stretto.errors import InputError
+
+__all__ = ["UnknownSessionError", "LIMIT", "encode", "merge", "merge_event", "read", "receive"]
 
 LIMIT = 1 << 28  # bytes of a frame; more is a bug, not a message
+
+
+class UnknownSessionError(InputError):
+    """No such session, or another client's."""
 
 
 def encode(message: dict[str, Any]) -> bytes:

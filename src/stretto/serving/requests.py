@@ -13,9 +13,9 @@ from stretto.engine.params import SamplingParams
 from stretto.errors import InputError, OptionError, PromptError, UnsupportedError
 from stretto.models.tokenizer import Tokenizer
 from stretto.serving import tools as tool_calls
-from stretto.serving.schemas import ChatBody, CompletionBody, Message, ResponseFormat, SamplingBody
+from stretto.serving.schemas import ChatBody, CompletionBody, GenBody, Message, ResponseFormat, SamplingBody
 
-__all__ = ["Job", "Model", "chat_job", "completion_jobs"]
+__all__ = ["Job", "Model", "chat_job", "completion_jobs", "gen_message", "salt_of", "token_ids"]
 
 EXTENSIONS = (
     "temperature", "top_p", "presence_penalty", "frequency_penalty", "top_k", "min_p", "repetition_penalty",
@@ -139,9 +139,7 @@ def _job(
 ) -> Job:
     if not prompt:
         raise PromptError("the prompt is empty: give at least one token")
-    bad = next((t for t in prompt if not 0 <= t < model.vocabulary), None)
-    if bad is not None:
-        raise PromptError(f"token id {bad} is not in the vocabulary: ids go from 0 to {model.vocabulary - 1}")
+    _in_vocabulary(prompt, model)
     left = model.max_model_len - len(prompt)
     if left < 1 or (wanted is not None and wanted > left):
         asked = f" and {wanted} more were asked for" if wanted is not None else ""
@@ -149,6 +147,16 @@ def _job(
             f"this model's context is {model.max_model_len} tokens; the prompt has {len(prompt)}{asked}: "
             "shorten the prompt or lower max_tokens"
         )
+    params = _params(body, model, wanted if wanted is not None else (left if room else 16))
+    method, options, note = _method(body, model)
+    return Job(
+        prompt, params, method, options, salt_of(tenant, body.cache_salt), body.priority, body.timeout,
+        body.store is not False, note,
+    )
+
+
+def _params(body: SamplingBody, model: Model, most: int) -> dict[str, Any]:
+    """Keys of SamplingParams."""
     if not 1 <= body.n <= model.max_choices:
         raise OptionError("n", body.n, f"a whole number from 1 to {model.max_choices}")
     if isinstance(body.stop, list) and len(body.stop) > 4:
@@ -157,16 +165,43 @@ def _job(
     for text in [values["stop"]] if isinstance(values.get("stop"), str) else values.get("stop", ()):
         clean("stop", text)
     params = values | {
-        "n": body.n, "max_tokens": wanted if wanted is not None else (left if room else 16),
-        "seed": secrets.randbits(62) if body.seed is None else body.seed,
+        "n": body.n, "max_tokens": most, "seed": secrets.randbits(62) if body.seed is None else body.seed,
     }
     if body.logit_bias:
         params["logit_bias"] = _bias(body.logit_bias, model.vocabulary)
-    method, options, note = _method(body, model)
-    salt = hashlib.blake2b(f"{tenant}\0{clean('cache_salt', body.cache_salt or '')}".encode(), digest_size=12)
-    return Job(
-        prompt, params, method, options, salt.hexdigest(), body.priority, body.timeout, body.store is not False, note,
-    )
+    return params
+
+
+def salt_of(tenant: str, salt: str | None) -> str:
+    """What keeps the prefixes of one tenant from another."""
+    text = f"{tenant}\0{clean('cache_salt', salt or '')}"
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def gen_message(body: GenBody, model: Model) -> dict[str, Any]:
+    """What threads of a session are to do together. InputError (HTTP 400) names what cannot be served."""
+    if body.n != 1:
+        raise OptionError("n", body.n, "1 in a session: fork instead")
+    if body.regex is not None:
+        raise OptionError("regex", body.regex[:80], "none in a session over HTTP")
+    params = _params(body, model, 16 if body.max_tokens is None else body.max_tokens)
+    SamplingParams.make(**params)
+    method, options, _ = _method(body, model)
+    return {"threads": body.threads, "params": params, "method": method, "options": options, "deadline": body.timeout}
+
+
+def token_ids(name: str, given: str | list[int], model: Model) -> list[int]:
+    """Ids of a text, or those given, checked."""
+    if isinstance(given, str):
+        return model.tokenizer.encode(clean(name, given))
+    _in_vocabulary(given, model)
+    return given
+
+
+def _in_vocabulary(ids: Sequence[int], model: Model) -> None:
+    bad = next((t for t in ids if not 0 <= t < model.vocabulary), None)
+    if bad is not None:
+        raise PromptError(f"token id {bad} is not in the vocabulary: ids go from 0 to {model.vocabulary - 1}")
 
 
 def _checked(job: Job) -> Job:

@@ -6,7 +6,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["ChatBody", "CompletionBody", "DetokenizeBody", "SamplingBody", "TokenizeBody"]
+__all__ = [
+    "AppendBody", "ChatBody", "CompletionBody", "DetokenizeBody", "ForkBody", "GenBody", "JoinBody", "SamplingBody",
+    "SessionBody", "ThreadBody", "TokenizeBody", "TruncateBody",
+]
 
 
 class Body(BaseModel):
@@ -121,3 +124,51 @@ class TokenizeBody(Body):
 class DetokenizeBody(Body):
     model: str | None = None
     tokens: list[int]
+
+
+class SessionBody(Body):
+    """A new session: ``prompt`` (text or token ids) or ``messages``, and its budgets."""
+
+    model: str
+    prompt: str | list[int] | None = None
+    messages: list[Message] | None = None
+    max_threads: int = Field(64, ge=1, le=1024)
+    max_evaluated: int | None = Field(None, ge=1)
+    max_path: int | None = Field(None, ge=1)
+    priority: int = Field(0, ge=-100, le=100)
+    cache_salt: str | None = None
+
+
+class ThreadBody(Body):
+    thread: int = Field(0, description="0 is the session's first thread")
+
+
+class AppendBody(ThreadBody):
+    text: str | list[int]
+
+
+class TruncateBody(ThreadBody):
+    length: int
+
+
+class ForkBody(ThreadBody):
+    """``n`` children, or one for each forced prefix; ``positions``: "same", or where they start."""
+
+    n: int | None = Field(None, ge=1, le=1024)
+    prefixes: list[str | list[int]] | None = Field(None, max_length=1024)
+    positions: Literal["same"] | int = "same"
+
+
+class JoinBody(ThreadBody):
+    children: list[int] = Field(min_length=1)
+    mode: str = "reencode"
+    order: Literal["index", "finish"] | list[int] = "index"
+    separator: str | list[int] | None = None
+    select: int = 0
+
+
+class GenBody(SamplingBody):
+    """Threads of a session generate together, one choice each; greedy unless a temperature is given."""
+
+    threads: list[int] = Field([0], min_length=1, max_length=1024)
+    temperature: float | None = 0.0

@@ -60,6 +60,7 @@ class Settings:
     strict: bool = False
     paths: Sequence[str] = ()
     ping: float = 15.0
+    sessions: dict[str, Any] = field(default_factory=dict)  # limits of serving.held.Held
     online: Online | None = None
 
 
@@ -73,7 +74,8 @@ class Service:
         self.link = Link(
             settings.model, settings.engine, plain=settings.plain, restarts=settings.restarts,
             channel_bytes=settings.stream_bytes, watch=self._watch,
-            more={"online": settings.online.folder, "record": settings.online.record} if settings.online else None,
+            more={"sessions": settings.sessions}
+            | ({"online": settings.online.folder, "record": settings.online.record} if settings.online else {}),
         )
         self.trainer: subprocess.Popen[bytes] | None = None
         self.trainers = 0
@@ -164,6 +166,25 @@ class Service:
         channel.prompt = len(job.prompt)
         self.metrics.start(len(job.prompt), job.params["max_tokens"], job.params["n"])
         return channel
+
+    def gen(self, message: dict[str, Any]) -> Channel:
+        """Queue a step of a session's threads, under the same limits."""
+        choices, most = len(message["threads"]), self.settings.timeout
+        self.admit(choices, 0)
+        if message["deadline"] is None or (most and message["deadline"] > most):
+            message["deadline"] = most
+        channel = self.link.submit({"op": "gen", **message}, choices)
+        self.metrics.start(0, message["params"]["max_tokens"], choices)
+        return channel
+
+    async def session(self, verb: str, session: str, owner: str, **args: Any) -> dict[str, Any]:
+        """One verb on a session: its state afterwards, with what the verb found."""
+        if self.draining and verb in ("open", "fork"):
+            self.admit(1, 0)
+        found = await self.link.call(
+            "session", self.settings.score_timeout, verb=verb, session=session, owner=owner, **args
+        )
+        return {"id": session, "object": "session", "model": self.name, **found}
 
     def admit(self, choices: int, tokens: int) -> None:
         s, link = self.settings, self.link

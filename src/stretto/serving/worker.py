@@ -96,7 +96,7 @@ def main(fd: int) -> int:
         if opened.get("warm", True):
             llm.generate([[0]], SamplingParams(max_tokens=1, temperature=0), method=opened.get("plain", "ar"))
             llm.runner.curve()
-        loop = Loop(llm, out.put)
+        loop = Loop(llm, out.put, opened.get("sessions"))
         if opened.get("online"):
             loop.learn(Path(opened["online"]), opened.get("plain", "ar"), opened.get("record", 1.0))
         threading.Thread(target=_read, args=(sock, Prepare(llm, loop)), name="reader", daemon=True).start()

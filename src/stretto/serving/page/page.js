@@ -9,7 +9,7 @@ const EXAMPLES = [
   ["a list", "Reverse: 4 8 15 16 23 42"],
 ];
 const byId = (id) => document.getElementById(id);
-const lanes = [...document.querySelectorAll(".lane")];
+const lanes = [...document.querySelectorAll("#lanes .lane")];
 let methods = [], model = "", running = null;
 
 function headers() {
@@ -27,6 +27,7 @@ async function load() {
   methods = (await answers[0].json()).methods;
   model = (await answers[1].json()).data[0].id;
   byId("model").textContent = model;
+  byId("decoder").replaceChildren(...methods.map((m) => new Option(m.name, m.name)));
   lanes.forEach((lane, i) => {
     const select = lane.querySelector("select");
     select.replaceChildren(...methods.map((m) => new Option(m.name, m.name)));
@@ -43,8 +44,10 @@ function describe(lane) {
   lane.querySelector(".purpose").textContent = found ? found.purpose + (found.lossless ? " Same text as ar." : "") : "";
 }
 
-function counters(lane, values) {
-  lane.querySelector(".counters").replaceChildren(...Object.entries(values).map(([name, value]) => {
+function counters(lane, values) { table(lane.querySelector(".counters"), values); }
+
+function table(list, values) {
+  list.replaceChildren(...Object.entries(values).map(([name, value]) => {
     const box = document.createElement("div");
     box.append(Object.assign(document.createElement("dt"), { textContent: name }),
       Object.assign(document.createElement("dd"), { textContent: value }));
@@ -54,8 +57,8 @@ function counters(lane, values) {
 
 function say(text) { byId("status").textContent = text; }
 
-async function* events(body, signal) {
-  const answer = await fetch("v1/chat/completions", { method: "POST", headers: headers(), body: JSON.stringify(body), signal });
+async function* events(url, body, signal) {
+  const answer = await fetch(url, { method: "POST", headers: headers(), body: JSON.stringify(body), signal });
   if (!answer.ok) throw new Error((await answer.json()).error.message);
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -84,6 +87,14 @@ function group(tokens) {
   return runs;
 }
 
+function put(out, forward, texts) {
+  for (const text of texts) {
+    out.append(Object.assign(document.createElement("span"), {
+      textContent: text, className: `f${forward % COLOURS} new`, title: `forward ${forward + 1}`,
+    }));
+  }
+}
+
 async function run(lane, body, pace, signal) {
   const out = lane.querySelector(".out"), notes = lane.querySelector(".notes");
   out.replaceChildren();
@@ -97,18 +108,12 @@ async function run(lane, body, pace, signal) {
   });
   show(0);
   try {
-    for await (const event of events(body, signal)) {
+    for await (const event of events("v1/chat/completions", body, signal)) {
       for (const { forward, texts } of group(event.stretto?.tokens ?? [])) {
         if (pace && !seen.has(forward)) await new Promise((go) => setTimeout(go, pace));
         if (signal.aborted) break;
         out.querySelectorAll(".new").forEach((s) => s.classList.remove("new"));
-        for (const text of texts) {
-          const span = document.createElement("span");
-          span.textContent = text;
-          span.className = `f${forward % COLOURS} new`;
-          span.title = `forward ${forward + 1}`;
-          out.append(span);
-        }
+        put(out, forward, texts);
         seen.add(forward);
         tokens += texts.length;
         out.scrollTop = out.scrollHeight;
