@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from stretto.errors import OptionError, UnsupportedError
-from stretto.training.lightning import Lightning, advantages, keep_group, lightning, policy_loss, rollout_engine
+from stretto.training.lightning import Lightning, advantages, keep_group, lightning, policy_loss
 from stretto.training.nets import PackedNet
+from stretto.training.policy import rollout_engine
 from stretto.training.rollouts import logps, path_rows, roll_out
 from tiny import EOS, MASK, model
 

@@ -307,17 +307,23 @@ class Session(Thread):
         return self._results
 
     async def arun(self, jobs: list[tuple[Thread, Any, SamplingParams]]) -> list[Generated]:
-        """``run`` that lets other tasks of the event loop put their rows into the same forwards."""
-        streams, results = self.submit(jobs), None
+        """``run`` that lets other tasks of the event loop put their rows into the same forwards.
+
+        Of the tasks that wait, whoever finds that nothing ran while the others had their turn steps the engine: one
+        forward a round, so that a task whose threads ended goes on before the next one.
+        """
+        engine, streams = self.llm.engine, self.submit(jobs)
         try:
-            while results is None:
+            while True:
+                seen = engine.forwards
                 await asyncio.sleep(0)
-                if any(s.finish_reason is None for s in streams):
+                ran = engine.forwards - seen
+                self.usage.forwards += ran
+                if all(s.finish_reason is not None for s in streams):
+                    return self.collect(jobs, streams)
+                if not ran:
                     self._step()
                     self.usage.forwards += 1
-                else:
-                    results = self.collect(jobs, streams)
-            return results
         finally:
             self.abandon(jobs, streams)
 

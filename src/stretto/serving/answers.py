@@ -28,6 +28,7 @@ class Answer:
     forwards: list[int] = field(default_factory=list)
     logprobs: list[Any] = field(default_factory=list)
     finish: str | None = None
+    stop: int | str | None = None  # what ended it, where that was asked for
     cost: dict[str, Any] = field(default_factory=dict)
 
     def add(self, event: Mapping[str, Any]) -> None:
@@ -35,7 +36,7 @@ class Answer:
         self.tokens += event["tokens"]
         self.forwards += event["forwards"]
         self.logprobs += event.get("logprobs", ())
-        self.finish = event.get("finish")
+        self.finish, self.stop = event.get("finish"), event.get("stop")
         self.cost = event.get("cost", self.cost)
 
 
@@ -137,7 +138,10 @@ class CompletionShape(Shape):
             answer.text, answer.tokens, answer.logprobs, answer.finish = "", [], [], "length"
         text = (job.text or "") + answer.text if job.echo else answer.text
         found = self._logprobs(job, vars_of(answer), 0) if job.top is not None else None
-        return {"index": index, "text": text, "logprobs": found, "finish_reason": answer.finish}
+        more = {}
+        if job.ids:  # vLLM's names
+            more = {"token_ids": answer.tokens, "stop_reason": answer.stop, "prompt_token_ids": job.prompt}
+        return {"index": index, "text": text, "logprobs": found, "finish_reason": answer.finish, **more}
 
     def opening(self, index: int) -> dict[str, Any] | None:
         return None

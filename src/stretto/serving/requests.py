@@ -63,6 +63,7 @@ class Job:
     forced: bool = False
     top: int | None = None  # log-probabilities asked for beside the token's own
     echo: bool = False
+    ids: bool = False  # completions: the tokens' ids and the stop token are asked for
     text: str | None = None  # the prompt, where echo needs it
     drop: bool = False  # max_tokens was 0: what is generated is not wanted
     scores: list[dict[int, float]] | None = None  # log-probabilities of the prompt's tokens from the second on
@@ -111,7 +112,7 @@ def completion_jobs(body: CompletionBody, model: Model, tenant: str) -> list[Job
         job.top = body.logprobs
         if body.logprobs is not None:
             job.params["logprobs"] = body.logprobs
-        job.echo = body.echo
+        job.echo, job.ids = body.echo, body.return_token_ids
         job.text = text if text is not None or not body.echo else model.tokenizer.decode(ids, skip_special_tokens=False)
         jobs.append(_checked(job))
     return jobs

@@ -111,6 +111,9 @@ class CompletionBody(SamplingBody):
     logprobs: int | None = Field(None, ge=0, le=5)
     best_of: int | None = None
     suffix: str | None = None
+    return_token_ids: bool = Field(
+        False, description="extension, whole answers: choices carry token_ids, prompt_token_ids and stop_reason"
+    )
     response_format: ResponseFormat | None = None
 
 

@@ -20,7 +20,7 @@ SYSTEM = System(
         "LightningRL: Breaking the Accuracy-Parallelism Trade-off of Block-wise dLLMs via "
         "Reinforcement Learning, 4 Mar 2026 (arXiv 2603.13319)"
     ),
-    parts=("stretto.training.lightning", "stretto.training.rollouts"),
+    parts=("stretto.training.lightning", "stretto.training.policy", "stretto.training.rollouts"),
     command="stretto reproduce lightningrl",
     claims=(
         Claim(
@@ -102,7 +102,7 @@ def _greedy(model: Any, n: int) -> dict[str, Any]:
     """Accuracy in % and tokens a forward of greedy decoding at threshold 0.9, held-out prompts of the trained tasks."""
     from stretto.decoding.registry import make
     from stretto.engine.params import SamplingParams
-    from stretto.training.lightning import rollout_engine
+    from stretto.training.policy import rollout_engine
     from stretto.zoo import workbook
 
     tokenizer, stops = workbook._tokenizer(), model.config.eos_token_ids

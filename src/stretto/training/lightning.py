@@ -15,19 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stretto.engine.engine import Engine
-from stretto.engine.host import Host
-from stretto.engine.runner import Runner
 from stretto.errors import OptionError, UnsupportedError
 from stretto.models.transformer import Transformer
 from stretto.training.nets import PackedNet
+from stretto.training.policy import CLAMP, Verifier, clipped, rollout_engine, some, verdict, zscore
 from stretto.training.rollouts import Kind, Path, logps, path_rows, roll_out
 
-__all__ = ["Lightning", "Step", "advantages", "keep_group", "lightning", "policy_loss", "rollout_engine"]
-
-CLAMP = 10.0  # of differences of log-probabilities
-
-Verifier = Callable[[list[int]], bool]  # the ids of an answer -> whether it is right
+__all__ = ["Lightning", "Step", "advantages", "keep_group", "lightning", "policy_loss"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,12 +74,6 @@ def keep_group(correct: Sequence[float], tpf: Sequence[float], gap: float) -> bo
     return any(correct) and max(tpf) - min(tpf) >= gap
 
 
-def zscore(x: np.ndarray) -> np.ndarray:
-    """(x - mean) / population std; 0 where the std is 0."""
-    std = x.std()
-    return (x - x.mean()) / std if std > 1e-12 else np.zeros_like(x)
-
-
 def advantages(
     groups: Sequence[tuple[Sequence[float], Sequence[float]]], *, tpf_weight: float = 1.0,
     speed_only_if_correct: bool = False, normalise: str = "decoupled",
@@ -116,25 +104,14 @@ def policy_loss(
     Mean of -min(rho A, clip(rho) A) over the tokens of a response, then over responses; mu times the mean -log p over
     all tokens of right responses; beta times the mean of the k3 estimate of the distance to the initial model.
     """
-    ratio = (logp - old).clamp(-CLAMP, CLAMP).exp()
-    high = torch.where(advantage >= 0, 1 + s.clip_high, 1 + s.clip)
-    clipped = torch.minimum(ratio, high).clamp(min=1 - s.clip)
-    token = -torch.minimum(ratio * advantage, clipped * advantage)
+    gain, outside = clipped(logp, old, advantage, s.clip, s.clip_high)
+    token = -gain
     count = torch.zeros(int(row.max()) + 1).index_add_(0, row, torch.ones_like(token))
     policy = (token / count[row]).sum() / (count > 0).sum()
     anchor = -(logp * correct).sum() / correct.sum().clamp(min=1)
     gap = (logp - ref).clamp(-CLAMP, CLAMP)
     kl = ((-gap).exp() - 1 + gap).mean()
-    return policy + s.nll_weight * anchor + s.kl_beta * kl, (clipped != ratio).float().mean(), kl
-
-
-def rollout_engine(model: Transformer, stop_ids: Sequence[int], *, seqs: int, backend: str = "auto") -> Engine:
-    """An engine on the model's present weights; later updates need a new one (milliseconds for a small model)."""
-    limit = min(1024, model.config.max_position_embeddings)
-    runner = Runner(copy.deepcopy(model).eval(), slots=seqs * 256, backend=backend)
-
-    host = Host(runner, tuple(stop_ids), limit, plan=False)
-    return Engine(runner, host, max_rows=16 * seqs, max_seqs=seqs, prefix_caching=False)
+    return policy + s.nll_weight * anchor + s.kl_beta * kl, outside.float().mean(), kl
 
 
 def lightning(
@@ -154,8 +131,7 @@ def lightning(
     for step in range(steps):
         if clock is not None and not clock():
             return
-        start = step * s.prompts_per_step
-        chosen = [prompts[(start + i) % len(prompts)] for i in range(s.prompts_per_step)]
+        chosen = some(prompts, step, s.prompts_per_step)
         engine = rollout_engine(model, stop_ids, seqs=s.prompts_per_step * s.group_size)
         groups = roll_out(
             engine, [p for p, _ in chosen], s.group_size, max_tokens=s.max_tokens, seed=s.seed * 1009 + step,
@@ -183,11 +159,9 @@ def _judged(
     for paths, verify in zip(groups, verifiers, strict=True):
         correct = []
         for p in paths:
-            try:
-                correct.append(float(p.complete and bool(verify(p.tokens))))
-            except Exception:  # a verifier is the user's code: whatever it raises counts as wrong
-                correct.append(0.0)
-                seen.errors += 1
+            right, raised = verdict(verify, p.tokens) if p.complete else (0.0, False)
+            correct.append(right)
+            seen.errors += raised
         tpf = [p.tokens_per_forward for p in paths]
         everything += zip(correct, tpf, strict=True)
         if keep_group(correct, tpf, s.tpf_gap):

@@ -21,12 +21,13 @@ from torch import Tensor
 from stretto.errors import OptionError
 from stretto.training.objectives import Loss, Net
 
-__all__ = ["TrieBatch", "TrieData", "TrieLoss", "Unit", "pack_tries"]
+__all__ = ["TrieBatch", "TrieData", "TrieLoss", "Unit", "logps", "pack_tries", "size_of"]
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One root-to-leaf sequence: ``tokens``, of which those from ``learnt`` on are judged with ``weight`` each."""
+    """One root-to-leaf sequence: ``tokens``, of which those from ``learnt`` on are judged with ``weight`` each (an
+    advantage may be negative)."""
 
     tokens: Sequence[int]
     learnt: int
@@ -42,7 +43,8 @@ class TrieBatch:
     positions: Tensor  # int64 [b, t] depth in the trie
     leave: Tensor  # int64 [b, t] first place of the row that is no descendant
     parent: Tensor  # int64 [b, t] place of the parent, -1 = a root
-    weight: Tensor  # float32 [b, t] how much the token of the place counts
+    weight: Tensor  # float32 [b, t] how much the token of the place counts: sum of the positive weights of its units
+    against: Tensor  # float32 [b, t] and of the negative ones, without their sign
 
     def to(self, device: torch.device | str) -> TrieBatch:
         return TrieBatch(*(getattr(self, f.name).to(device) for f in fields(self)))
@@ -59,19 +61,25 @@ class TrieLoss:
     """Weighted mean of the cross-entropies of all judged tokens, each against the law at its parent."""
 
     def __call__(self, net: Net, batch: TrieBatch, generator: torch.Generator) -> Loss:
-        hidden = net.hidden(batch.tokens, batch.positions, batch.mask())
         judged = (batch.weight > 0) & (batch.parent >= 0)
-        row = torch.arange(len(judged), device=judged.device)[:, None].expand_as(judged)
-        logits = net.logits(hidden[row[judged], batch.parent[judged]])
-        loss_k = F.cross_entropy(logits, batch.tokens[judged], reduction="none")
+        loss_k = -logps(net, batch, judged)
         weight_k = batch.weight[judged]
         return Loss((loss_k * weight_k).sum() / weight_k.sum(), len(loss_k))
+
+
+def logps(net: Net, batch: TrieBatch, judged: Tensor) -> Tensor:
+    """float [k]: log-probability of the token of every place of ``judged`` (bool [b, t]), by the law at its parent."""
+    hidden = net.hidden(batch.tokens, batch.positions, batch.mask())
+    row = torch.arange(len(judged), device=judged.device)[:, None].expand_as(judged)
+    logits = net.logits(hidden[row[judged], batch.parent[judged]])
+    return -F.cross_entropy(logits, batch.tokens[judged], reduction="none")
 
 
 @dataclass(slots=True)
 class _Node:
     token: int
     weight: float = 0.0
+    against: float = 0.0
     children: dict[int, _Node] = field(default_factory=dict)
 
 
@@ -84,6 +92,7 @@ class _Flat:
     leave: list[int] = field(default_factory=list)
     parent: list[int] = field(default_factory=list)
     weight: list[float] = field(default_factory=list)
+    against: list[float] = field(default_factory=list)
 
 
 def flatten(units: Sequence[Unit]) -> _Flat:
@@ -93,11 +102,18 @@ def flatten(units: Sequence[Unit]) -> _Flat:
         node = root
         for i, token in enumerate(unit.tokens):
             node = node.children.setdefault(int(token), _Node(int(token)))
-            node.weight += unit.weight if i >= unit.learnt else 0.0
+            if i >= unit.learnt:
+                node.weight += max(unit.weight, 0.0)
+                node.against += max(-unit.weight, 0.0)
     out = _Flat()
     for child in root.children.values():
         _walk(child, -1, out)
     return out
+
+
+def size_of(units: Sequence[Unit]) -> int:
+    """Places that the trie of ``units`` takes."""
+    return len(flatten(units).tokens)
 
 
 def _walk(top: _Node, parent: int, out: _Flat) -> None:
@@ -115,6 +131,7 @@ def _walk(top: _Node, parent: int, out: _Flat) -> None:
         out.leave.append(-1)
         out.parent.append(above)
         out.weight.append(node.weight)
+        out.against.append(node.against)
         stack.append((node, above, True))
         stack += [(child, at, False) for child in reversed(node.children.values())]
 
@@ -142,18 +159,19 @@ def _fill(rows: list[list[_Flat]], length: int, pad_id: int) -> TrieBatch:
     shape = (len(rows), length)
     tokens, docs = torch.full(shape, pad_id), torch.full(shape, -1)
     positions, leave, parent = torch.full(shape, 0), torch.full(shape, 0), torch.full(shape, -1)
-    weight = torch.zeros(shape)
+    weight, against = torch.zeros(shape), torch.zeros(shape)
     for r, row in enumerate(rows):
         at = 0
         for d, flat in enumerate(row):
             here = (r, slice(at, at + len(flat.tokens)))
             tokens[here], docs[here] = torch.tensor(flat.tokens), d
             positions[here], weight[here] = torch.tensor(flat.positions), torch.tensor(flat.weight)
+            against[here] = torch.tensor(flat.against)
             leave[here] = torch.tensor(flat.leave) + at
             parent[here] = torch.tensor([p + at if p >= 0 else -1 for p in flat.parent])
             at += len(flat.tokens)
         leave[r, at:] = torch.arange(at, length) + 1
-    return TrieBatch(tokens, docs, positions, leave, parent, weight)
+    return TrieBatch(tokens, docs, positions, leave, parent, weight, against)
 
 
 class TrieData:

@@ -1,0 +1,143 @@
+"""ThreadWeaver (arXiv 2512.07843): reasoning in threads on any engine that completes token ids.
+
+The state machine (``threads/machine.py``) on one of two back ends: forks of a session on our engine (all threads of a
+block in the same forwards, joined by "reencode"), or requests to an HTTP endpoint of completions
+(``threads/endpoint.py``). Greedy, both give the tokens of a hand-written loop of plain completions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from stretto.engine.params import SamplingParams
+from stretto.errors import CapacityError, EngineError, OptionError
+from stretto.session import Children, Generated, Session
+from stretto.threads.endpoint import Endpoint
+from stretto.threads.machine import Ask, Format, Machine, Reply, Spec, Woven, drive, machine, plain
+
+__all__ = ["aweave", "weave"]
+
+
+class Local:
+    """Forks of a session: all threads of a block in the same forwards, their common text evaluated once."""
+
+    def __init__(self, session: Session, params: SamplingParams, join: str, spec: Spec):
+        self.session, self.params, self.join = session, params, join
+        self.parting = list(spec.parting) or None
+        self.children: Children | None = None
+
+    def ask(self, ask: Ask) -> list[Reply]:
+        threads, params = self._ready(ask)
+        return self._replies(threads.gen(params))
+
+    async def aask(self, ask: Ask) -> list[Reply]:
+        """``ask`` that shares forwards with the other tasks of the event loop."""
+        threads, params = self._ready(ask)
+        return self._replies(await threads.agen(params))
+
+    def _ready(self, ask: Ask) -> tuple[Children, SamplingParams]:
+        session = self.session
+        if ask.joined and self.children is not None:
+            session.join(self.children, self.join, separator=self.parting)
+        assert session.tokens == ask.context
+        self.children = session.fork(prefixes=ask.heads) if ask.heads != [[]] else None
+        return self.children or Children([session]), _bounded(self.params, ask)
+
+    def _replies(self, outs: Sequence[Generated]) -> list[Reply]:
+        return [Reply(o.token_ids, o.finish_reason or "length") for o in outs]
+
+
+class Remote:
+    """Requests to an endpoint of completions, those of a block under way at the same time."""
+
+    def __init__(self, endpoint: Endpoint):
+        self.endpoint = endpoint
+
+    def ask(self, ask: Ask) -> list[Reply]:
+        prompts = [[*ask.context, *head] for head in ask.heads]
+        return [Reply(*done) for done in self.endpoint.complete(prompts, ask.stops, ask.room)]
+
+
+async def adrive(work: Machine, backend: Local) -> Woven:
+    """``drive`` on our engine, beside other tasks of the event loop."""
+    try:
+        ask = next(work)
+        while True:
+            ask = work.send(await backend.aask(ask))
+    except StopIteration as end:
+        return end.value
+
+
+def _bounded(params: SamplingParams, ask: Ask) -> SamplingParams:
+    return replace(params, max_tokens=ask.room, stop_token_ids=[*(params.stop_token_ids or []), *ask.stops])
+
+
+def weave(
+    llm: Any, prompt: str | Sequence[int], sampling_params: SamplingParams | None = None, *, max_tokens: int = 512,
+    max_threads: int = 8, max_blocks: int = 32, backend: str = "local", join: str = "reencode",
+    format: Format | None = None, **address: Any,
+) -> Woven:
+    """Answer ``prompt`` in as many threads as the model opens. Greedy unless ``sampling_params`` say otherwise.
+
+    ``llm``: a model trained for it; where ``backend`` is the address of an endpoint of completions, a ``Tokenizer`` is
+    enough. ``max_tokens``: of the whole answer, all threads together. ``join``: "reencode" (what the model was trained
+    for), or "share" (local: no forward for the join, but other positions than in training). ``address``: ``model``,
+    ``api_key``, ``timeout``, ``max_model_len`` of the endpoint. A failure of engine or endpoint under way is answered
+    by one plain completion of the prompt, and noted. Raises OptionError, and UnsupportedError for a tokenizer without
+    the tags or an endpoint that does not keep token ids.
+    """
+    if join not in ("reencode", "share"):
+        raise OptionError("join", join, "reencode or share")
+    local = backend == "local"
+    if address and local:
+        raise OptionError(sorted(address)[0], address[sorted(address)[0]], "nothing where backend is local")
+    if not local and join == "share":
+        raise OptionError("join", join, "reencode where completions come from an endpoint")
+    params = sampling_params or SamplingParams(temperature=0.0)
+    tokenizer = getattr(llm, "tokenizer", llm)
+    form = format or Format.of(tokenizer, _ends(llm, tokenizer))
+    remote = None if local else Endpoint(backend, params, form.ends, **address)
+    longest = remote.max_model_len if remote else llm.max_model_len
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
+    spec = Spec(form, min(longest, len(ids) + max_tokens), max_threads, max_blocks, _parting(form, join))
+    try:
+        out = _run(machine(ids, spec), remote, llm, ids, params, join, spec)
+    except (CapacityError, EngineError, OSError) as error:
+        out = _run(plain(ids, spec), remote, llm, ids, params, join, spec)
+        out.note(f"given up, and answered by one plain completion: {error}")
+    out.text = tokenizer.decode(out.tokens, skip_special_tokens=False)
+    return out
+
+
+def _ends(llm: Any, tokenizer: Any) -> Sequence[int]:
+    """The ids that end a text: the engine's, or the tokenizer's own where there is no engine."""
+    if hasattr(llm, "host"):
+        return llm.host.stop_ids
+    own = tokenizer.special_id("eos")
+    return () if own is None else (own,)
+
+
+def _parting(form: Format, join: str) -> tuple[int, ...]:
+    """Rows that are listed as they are have no law of what follows: the block's end is forced behind them."""
+    return (form.parallel[1],) if join == "share" else ()
+
+
+def _run(
+    work: Machine, remote: Endpoint | None, llm: Any, ids: list[int], params: SamplingParams, join: str, spec: Spec
+) -> Woven:
+    if remote is not None:
+        return drive(work, Remote(remote))
+    with llm.session(ids, max_threads=spec.max_threads + 1) as session:
+        out = drive(work, Local(session, params, join, spec))
+        out.usage = session.usage
+    return out
+
+
+async def aweave(llm: Any, ids: Sequence[int], params: SamplingParams, spec: Spec) -> Woven:
+    """``weave`` on our engine for asyncio: the threads of all answers under way share forwards. Errors are raised."""
+    with Session(llm, ids, max_threads=spec.max_threads + 1) as session:
+        out = await adrive(machine(ids, spec), Local(session, params, "reencode", spec))
+        out.usage = session.usage
+    return out

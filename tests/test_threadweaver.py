@@ -1,0 +1,283 @@
+"""ThreadWeaver: the state machine is exact on any weights, here zoo:tiny with ordinary tokens in the tags' places."""
+
+import http.server
+import itertools
+import json
+import threading
+
+import pytest
+
+from serving import Server
+from stretto import LLM, SamplingParams
+from stretto.errors import CapacityError, InputError, OptionError, UnsupportedError
+from stretto.models.tokenizer import Tokenizer
+from stretto.threads import threadweaver
+from stretto.threads.machine import Format, Reply, Script, Spec, drive, machine
+from stretto.threads.threadweaver import weave
+
+QUESTION = "Hugo has 3 apples. He buys 4 more and gives 2 away. How many are left?"
+OUTLINES = "<Goal><Outline>1: one</Outline><Outline>2: two</Outline><Outline>4.1: three</Outline>"
+GREEDY = SamplingParams(temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return LLM("zoo:tiny", dtype="float32", deterministic=True)
+
+
+def tags(llm, outlines, thread):
+    """The real tags, but for what closes a list of outlines and a thread."""
+    real, one = Format.of(llm.tokenizer, llm.host.stop_ids), lambda text: llm.tokenizer.encode(text)[0]
+    return Format(
+        real.parallel, (real.outlines[0], one(outlines)), real.outline, (real.thread[0], one(thread)), real.ends,
+        llm.tokenizer,
+    )
+
+
+@pytest.fixture(scope="module")
+def form(llm):
+    """A list of outlines stands in the prompt and every line's end "closes" it, a thread ends at a 4: so zoo:tiny, which
+    was never trained for threads, opens blocks, joins them and goes on."""
+    return tags(llm, "\n", "4")
+
+
+@pytest.fixture(scope="module")
+def prompt(llm):
+    return llm.tokenizer.encode(OUTLINES + llm.chat_prompt([{"role": "user", "content": QUESTION}]))
+
+
+def by_hand(llm, ids, f, limit, rounds):
+    """The card's loop, written out with plain completions, one after the other."""
+    line, blocks = list(ids), 0
+    def ask(context, stop, room):
+        params = SamplingParams(temperature=0.0, max_tokens=room, stop_token_ids=[stop])
+        return llm.generate([context], params)[0].outputs[0].token_ids
+    for _ in range(rounds):
+        line += ask(line, f.outlines[1], limit - len(line))
+        if line[-1] != f.outlines[1]:
+            return line[len(ids) :], blocks
+        heads = [f.head(n) for n in ("1", "2", "4.1")]
+        room = (limit - len(line) - sum(map(len, heads)) - 1) // 3 - 1
+        if room < 1:
+            return line[len(ids) :], blocks
+        texts = [ask([*line, *h], f.thread[1], room) for h in heads]
+        blocks += 1
+        for head, text in zip(heads, texts, strict=True):
+            line += head + (text if text[-1] == f.thread[1] else [t for t in text if t not in f.ends] + [f.thread[1]])
+        if any(t[-1] != f.thread[1] for t in texts):
+            return [*line, f.parallel[1]][len(ids) :], blocks
+    return line[len(ids) :], blocks
+
+
+@pytest.fixture(scope="module")
+def server():
+    found = Server("--dtype", "float32", "--deterministic")
+    yield found
+    found.stop()
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_in_engine_equals_the_hand_written_loop(prompt, backend):
+    llm = LLM("zoo:tiny", dtype="float32", deterministic=True, backend=backend, enable_prefix_caching=False)
+    ends, cases = set(), [
+        ("\n", "4", 120, 32), ("\n", ".", 120, 1), (" =", "\n", 55, 32), (" =", "\n", 120, 32), ("\n", "4", 40, 9),
+    ]  # fmt: skip
+    for outlines, thread, most, rounds in cases if backend == "native" else cases[:1]:
+        form = tags(llm, outlines, thread)
+        got = weave(llm, prompt, format=form, max_tokens=most, max_blocks=rounds)
+        want, blocks = by_hand(llm, prompt, form, len(prompt) + most, rounds)
+        assert got.tokens == want and len(got.blocks) == blocks >= 1, (outlines, thread)
+        assert len(got.tokens) <= most and set(got.blocks) == {3}
+        ends.add((got.finish_reason, *got.notes))
+    assert len(ends) == 5 or backend == "torch", "the text's end, max_blocks, a thread cut by its room or by the text's end, the answer cut"
+    assert llm.runner.alloc.used == 0 and not llm.engine.busy
+
+
+def test_http_equals_in_engine_token_by_token(llm, form, prompt, server):
+    for most in (40, 120):
+        here = weave(llm, prompt, format=form, max_tokens=most)
+        there = weave(llm.tokenizer, prompt, format=form, max_tokens=most, backend=server.url)
+        assert here.tokens == there.tokens and here.pieces == there.pieces and here.blocks == there.blocks
+    plainly = weave(llm.tokenizer, QUESTION, backend=server.url + "/v1", max_tokens=12)  # the real tags: none is written
+    alone = llm.generate([QUESTION], SamplingParams(temperature=0.0, max_tokens=12))[0].outputs[0]
+    assert plainly.tokens == alone.token_ids and plainly.blocks == []
+
+
+def test_a_thread_sees_what_stands_before_its_block_and_no_sibling(llm, form, prompt):
+    """Threads that are given other texts leave their siblings' tokens as they are, and the pieces say what each saw."""
+    got = weave(llm, prompt, format=form, max_tokens=120)
+    block = got.pieces[1:4]
+    stem = block[0].context[: -len(form.head("1"))]
+    for piece, number in zip(block, ("1", "2", "4.1"), strict=True):
+        assert piece.context == [*stem, *form.head(number)]
+        params = SamplingParams(temperature=0.0, max_tokens=len(piece.ids), stop_token_ids=[form.thread[1]])
+        assert llm.generate([piece.context], params)[0].outputs[0].token_ids == piece.ids
+    assert got.pieces[4].context[: len(stem)] == stem
+    assert got.pieces[4].context[len(stem) :] == [t for p, n in zip(block, ("1", "2", "4.1"), strict=True)
+                                                   for t in [*form.head(n), *p.ids]]  # fmt: skip
+
+
+def test_the_threads_of_a_block_share_forwards_and_their_text(llm, form, prompt):
+    quiet = LLM("zoo:tiny", dtype="float32", deterministic=True, enable_prefix_caching=False)
+    got = weave(quiet, prompt, format=form, max_tokens=120, max_blocks=1)
+    line, *threads = got.pieces
+    u = got.usage
+    assert u.forwards <= 1 + len(line.ids) + 1 + max(len(t.ids) for t in threads)
+    heads = sum(len(t.context) - len(prompt) - len(line.ids) for t in threads)
+    assert u.evaluated <= len(prompt) + len(line.ids) + heads + sum(len(t.ids) for t in threads) + len(threads)
+    assert u.critical_path == len(line.ids) + max(len(t.ids) for t in threads)
+
+
+def test_samples_repeat_by_seed_and_siblings_draw_their_own(llm, form, prompt):
+    draw = lambda seed: weave(llm, prompt, SamplingParams(temperature=1.5, seed=seed), format=form, max_tokens=100)
+    a, b, c = draw(1), draw(1), draw(2)
+    assert a.tokens == b.tokens != c.tokens
+    twins = "<Parallel><Goal><Outline>1: x</Outline><Outline>2: x</Outline>,"
+    same = machine(llm.tokenizer.encode(QUESTION + twins), Spec(form, 300))
+    ask = next(same)
+    ask = same.send([Reply([form.outlines[1]], "stop")])
+    assert len(ask.heads) == 2
+
+
+def test_the_share_join_forces_the_end_of_the_block(llm, form, prompt):
+    shared = weave(llm, prompt, format=form, max_tokens=120, join="share", max_blocks=2)
+    usual = weave(llm, prompt, format=form, max_tokens=120, max_blocks=2)
+    n = len(usual.pieces[0].ids) + sum(len(p.context) - len(prompt) - len(usual.pieces[0].ids) + len(p.ids)
+                                       for p in usual.pieces[1:4])  # fmt: skip
+    assert shared.tokens[:n] == usual.tokens[:n] and shared.tokens[n] == form.parallel[1]
+
+
+def ids_of(llm, text):
+    return llm.tokenizer.encode(text)
+
+
+def scripted(llm, replies, **spec):
+    """What the machine makes of given replies (texts, lists of texts for a block)."""
+    real = Format.of(llm.tokenizer, llm.host.stop_ids)
+    work = machine(ids_of(llm, "Q"), Spec(real, **{"limit": 500} | spec))
+    asks = []
+    try:
+        ask = next(work)
+        for texts in replies:
+            asks.append(ask)
+            made = [ids_of(llm, t) for t in ([texts] if isinstance(texts, str) else texts)]
+            ends = {*real.ends, *ask.stops}
+            ask = work.send([Reply(i, "stop" if i[-1] in ends else "length") for i in made])
+    except StopIteration as end:
+        return end.value, asks
+    raise AssertionError("the machine wants more")
+
+
+def test_states_by_hand(llm):
+    got, asks = scripted(llm, [
+        "a<Parallel><Goal><Outline>1: x</Outline><Outline>2.1: y</Outline></Goal>", [" b</Path>", " c <Goal></Path>"],
+        "</Parallel> d<|im_end|>",
+    ])  # fmt: skip
+    text = llm.tokenizer.decode(got.tokens, skip_special_tokens=False)
+    assert text == ("a<Parallel><Goal><Outline>1: x</Outline><Outline>2.1: y</Outline></Goal><Path>1: b</Path>"
+                    "<Path>2.1: c <Goal></Path></Parallel> d<|im_end|>")  # fmt: skip
+    assert (got.finish_reason, got.blocks, got.notes) == ("stop", [2], [])
+    assert [len(a.heads) for a in asks] == [1, 2, 1] and [a.joined for a in asks] == [False, False, True]
+    cut, _ = scripted(llm, ["<Goal><Outline>1: x</Outline></Goal>", [" b<|im_end|>"]])
+    assert llm.tokenizer.decode(cut.tokens, skip_special_tokens=False).endswith("</Goal><Path>1: b</Path></Parallel>")
+    assert cut.finish_reason == "stop" and "did not end by itself" in cut.notes[0]
+    long, _ = scripted(llm, ["<Goal><Outline>1: x</Outline></Goal>", [" b b b"]])
+    assert long.finish_reason == "length" and long.tokens[-1] == llm.tokenizer.token_id("</Parallel>")
+
+
+def test_lists_that_cannot_be_followed_stay_in_sequence_and_say_so(llm):
+    again, asks = scripted(llm, ["<Goal><Outline>1: x</Outline><Outline>1: x</Outline></Goal>", ["</Path>"], "<|im_end|>"])
+    assert again.blocks == [1] and "repeated" in again.notes[0]
+    none, asks = scripted(llm, ["<Goal>1: x</Goal>", "<|im_end|>"])
+    assert none.blocks == [] and "no numbers" in none.notes[0] and len(asks) == 2
+    three = "<Goal>" + "".join(f"<Outline>{i}: x</Outline>" for i in range(3)) + "</Goal>"
+    many, _ = scripted(llm, [three, "<|im_end|>"], max_threads=2)
+    assert many.blocks == [] and "at most 2 threads" in many.notes[0]
+    lonely, _ = scripted(llm, ["</Goal>", "<|im_end|>"])
+    assert lonely.blocks == []
+    full, _ = scripted(llm, ["a" * 8 + three], limit=25)
+    assert full.finish_reason == "length"
+    for bad in ({"max_threads": 0}, {"max_blocks": 0}, {"max_threads": True}):
+        with pytest.raises(OptionError, match=next(iter(bad))):
+            scripted(llm, [], **bad)
+
+
+def test_an_answer_read_back_gives_its_own_pieces(llm, form, prompt):
+    """The units of training are what the machine generated, whichever way they are got."""
+    got = weave(llm, prompt, format=form, max_tokens=120)
+    again = drive(machine(prompt, Spec(form, len(prompt) + 120)), Script(prompt, got.tokens, form.ends))
+    assert got.finish_reason == "stop" and again.tokens == got.tokens and again.pieces == got.pieces
+    broken = [t for t in got.tokens if t != form.thread[0]]
+    with pytest.raises(InputError, match="no thread with head"):
+        drive(machine(prompt, Spec(form, len(prompt) + 120)), Script(prompt, broken, form.ends))
+
+
+def test_a_failure_under_way_is_answered_by_one_plain_completion(llm, form, prompt, monkeypatch):
+    real, calls = threadweaver.Local.ask, itertools.count()
+    def failing(self, ask):
+        if next(calls) == 1:
+            raise CapacityError("no room")
+        return real(self, ask)
+    monkeypatch.setattr(threadweaver.Local, "ask", failing)
+    got = weave(llm, prompt, format=form, max_tokens=30)
+    alone = llm.generate([prompt], SamplingParams(temperature=0.0, max_tokens=30))[0].outputs[0].token_ids
+    assert got.tokens == alone and got.blocks == [] and "no room" in got.notes[0]
+    assert llm.runner.alloc.used <= (llm.engine.prefix.slots if llm.engine.prefix else 0)
+
+
+class Fake(http.server.BaseHTTPRequestHandler):
+    """An endpoint that answers with ``choice``."""
+
+    choice: dict = {}
+
+    def do_GET(self):
+        self._say({"data": [{"id": "m", "max_model_len": 400}]})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        made = {k: v(body) if callable(v) else v for k, v in self.choice.items()}
+        self._say({"choices": [{"index": 0, "text": "x", **made}]})
+
+    def _say(self, what):
+        data = json.dumps(what).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.parametrize(("choice", "words"), [
+    ({"finish_reason": "stop"}, "text only"),
+    ({"finish_reason": "stop", "token_ids": [9, 9]}, "strips them"),
+    ({"finish_reason": "stop", "token_ids": lambda b: [b["stop_token_ids"][0], 9, b["stop_token_ids"][0]]}, "stop_token_ids"),
+    ({"finish_reason": "length", "token_ids": [9], "prompt_token_ids": [1]}, "tokenized the prompt again"),
+])  # fmt: skip
+def test_endpoints_of_texts_are_refused_with_advice(llm, choice, words):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("F", (Fake,), {"choice": choice})) as fake:
+        threading.Thread(target=fake.serve_forever, daemon=True).start()
+        with pytest.raises(UnsupportedError, match=words) as error:
+            weave(llm.tokenizer, QUESTION, backend=f"http://127.0.0.1:{fake.server_address[1]}")
+        assert "return_token_ids" in str(error.value)
+        fake.shutdown()
+
+
+def test_wrong_requests_are_named(llm, tmp_path):
+    with pytest.raises(OptionError, match="join"):
+        weave(llm, "x", join="rotate")
+    with pytest.raises(OptionError, match="join"):
+        weave(llm, "x", join="share", backend="http://127.0.0.1:9")
+    with pytest.raises(OptionError, match="backend"):
+        weave(llm, "x", backend="ftp://somewhere")
+    with pytest.raises(OptionError, match="timeout"):
+        weave(llm, "x", timeout=3)
+    with pytest.raises(OSError, match="refused"):
+        weave(llm.tokenizer, "x", backend="http://127.0.0.1:9")
+    for file in llm.tokenizer.path.glob("*token*.json"):
+        (tmp_path / file.name).write_text(file.read_text().replace("</Goal>", "</Gaol>"))
+    with pytest.raises(UnsupportedError, match="no token </Goal>"):
+        weave(Tokenizer(tmp_path), "x", backend="http://127.0.0.1:9")
+    with pytest.raises(UnsupportedError, match="EOS"):
+        Format.of(llm.tokenizer, ())
