@@ -28,7 +28,8 @@ class Recipe:
     name: str
     purpose: str
     objective: Literal[
-        "ar", "masked_diffusion", "block_diffusion", "jacobi_forcing", "tool_slots", "causal_recovery"
+        "ar", "masked_diffusion", "block_diffusion", "jacobi_forcing", "tool_slots", "causal_recovery",
+        "structured_attention",
     ] = "ar"
     base: str | None = None  # model whose weights it starts from
     hidden: int = 192
@@ -66,7 +67,7 @@ class Recipe:
 
     @property
     def causal(self) -> bool:
-        return self.objective in ("ar", "jacobi_forcing", "tool_slots", "causal_recovery")
+        return self.objective not in ("masked_diffusion", "block_diffusion")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,6 +195,11 @@ _ALL: tuple[AnyRecipe, ...] = (
         name="zoo-tiny-tools", purpose="fills all fields of a function call at once (SimpleTool), from zoo:tiny",
         objective="tool_slots", base="zoo:tiny", minutes=15, rows=8, length=288, lr=2e-3, adam_lr=2e-3, decay=0.6,
         weights={},
+    ),
+    Recipe(
+        name="zoo-tiny-multiverse", purpose="writes independent parts of a solution in parallel, from zoo:tiny",
+        objective="structured_attention", base="zoo:tiny", minutes=15, rows=3, length=600, lr=2e-3, adam_lr=2e-3,
+        decay=0.6, weights={},
     ),
     Recipe(
         name="zoo-tiny-blocks-moe", purpose="block-causal masked diffusion, mixture of experts, from zoo:tiny-blocks",

@@ -33,10 +33,12 @@ from stretto.training.objectives import (
     MaskedDiffusion,
     Objective,
 )
+from stretto.training.parallel_units import flat_tests, grammar_of, initialise_tags, parallel_data, write_parallel
 from stretto.training.probe import Matcher, match_autoregressive, match_diffusion, probe
 from stretto.training.recipes import Recipe
 from stretto.training.recorded import Pools, recorded_data
 from stretto.training.recovery import CausalRecovery
+from stretto.training.spans import StructuredAttention
 from stretto.training.tool_units import tool_data, write_slots
 from stretto.training.trainer import Record, TrainConfig, Trainer
 from stretto.training.trie import TrieLoss
@@ -69,14 +71,18 @@ def run(
     match, tests = matcher(recipe, net), test_batches(recipe, 24 if recipe.causal else 2)
     pools = Pools(recipe, model, work / "trajectories") if recipe.objective == "jacobi_forcing" else None
     pad = special_ids()["<|pad|>"]
+    clock: list[Callable[[], float]] = []  # how far the training is, once there is a trainer
     if pools is not None:
         data: Any = recorded_data(recipe, pools, pad_id=pad)
+    elif recipe.objective == "structured_attention":
+        data = parallel_data(recipe, lambda: clock[0](), pad_id=pad)
     else:
         data = tool_data(recipe, pad_id=pad) if recipe.objective == "tool_slots" else data_of(recipe)
     trainer = Trainer(
         model, net, objective_of(recipe), data, config, folder=work, device=device,
         autocast=fast_dtype(device), callback=lambda t: {"exact": probe(match, tests) if device == "cpu" else {}},
     )
+    clock.append(trainer.progress)
     if pools is not None:
         pools.progress = trainer.progress
     trainer.resume()
@@ -130,6 +136,8 @@ def ship(recipe: Recipe, trainer: Trainer, record: Record, out: Path, match: Mat
         write_json(out / checkpoint.CONFIG, config | {"block_size": recipe.block_size})
     if recipe.objective == "tool_slots":
         write_slots(out)
+    if recipe.objective == "structured_attention":
+        write_parallel(out)
     for file in TOKENIZER.iterdir():
         shutil.copy(file, out / file.name)
     for file in out.iterdir():
@@ -150,6 +158,8 @@ def build_model(recipe: Recipe) -> Transformer:
     if recipe.base:
         folder = resolve(recipe.base) if recipe.base.startswith("zoo:") else recipe.base
         upcycle(checkpoint.load(folder, dtype="float32"), model, recipe.seed)
+    if recipe.objective == "structured_attention":
+        initialise_tags(model, grammar_of())
     return model
 
 
@@ -168,7 +178,7 @@ def config_of(recipe: Recipe) -> ModelConfig:
         tie_word_embeddings=True, qk_norm=True, max_position_embeddings=CONTEXT, attention=kind,
         block_size=recipe.block_size if kind == "block" else 1, moe=moe if recipe.experts else None,
         eos_token_ids=(ids["<|im_end|>"],), pad_token_id=ids["<|pad|>"],
-        mask_token_id=None if recipe.objective in ("ar", "jacobi_forcing", "tool_slots") else ids["<|mask|>"],
+        mask_token_id=ids["<|mask|>"] if not recipe.causal or recipe.objective == "causal_recovery" else None,
     )
 
 
@@ -202,6 +212,8 @@ def objective_of(recipe: Recipe) -> Objective:
         plain = JacobiForcing(recipe.ar_weight)
     elif recipe.objective == "tool_slots":
         plain = TrieLoss()
+    elif recipe.objective == "structured_attention":
+        plain = StructuredAttention()
     elif recipe.objective == "causal_recovery":
         plain = CausalRecovery(mask, recipe.block_size, end_id=special_ids()["<|im_end|>"])
     return Balanced(plain, recipe.balance) if recipe.experts else plain
@@ -240,8 +252,11 @@ def documents(recipe: Recipe, examples: Sequence[workbook.Example], rng: random.
 def test_batches(recipe: Recipe, n: int) -> dict[str, PackedBatch]:
     """``n`` test examples of every task, packed; only for watching the training. Where the next token is asked for,
     nothing stands behind the answers."""
+    structured = recipe.objective == "structured_attention"
     recipe = replace(recipe, objective="ar") if recipe.causal else recipe
     pad = special_ids()["<|pad|>"]
+    if structured:
+        return flat_tests(n, recipe.length, pad_id=pad)
     return {
         task: pack(
             documents(recipe, workbook.examples(task, "test", n, 10_007), random.Random(0)), recipe.length, pad_id=pad

@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -175,25 +176,28 @@ def _fill(rows: list[list[_Flat]], length: int, pad_id: int) -> TrieBatch:
 
 
 class TrieData:
-    """An endless, resumable supply of batches. ``pool(k)`` gives the examples (lists of units) of pool number k."""
+    """An endless, resumable supply of batches. ``pool(k)`` gives the examples of pool number k (lists of units, or what
+    ``pack`` takes); ``after(k)``: the number of the pool that follows."""
 
     def __init__(
-        self, pool: Callable[[int], Sequence[Sequence[Unit]]], *, rows: int, length: int, pad_id: int, seed: int = 0,
+        self, pool: Callable[[int], Sequence[Any]], *, rows: int, length: int, pad_id: int, seed: int = 0,
+        pack: Callable[..., Any] = pack_tries, after: Callable[[int], int] = lambda k: k + 1,
     ):
         self._pool, self.rows, self.length, self.pad_id, self.seed = pool, rows, length, pad_id, seed
+        self._pack, self._after = pack, after
         self.position = (0, 0)
 
-    def _batches(self, k: int) -> list[TrieBatch]:
-        packed = pack_tries(self._pool(k), self.length, pad_id=self.pad_id)
+    def _batches(self, k: int) -> list[Any]:
+        packed = self._pack(self._pool(k), self.length, pad_id=self.pad_id)
         order = list(range(len(packed.tokens)))
         random.Random(f"{self.seed}/{k}").shuffle(order)
         used = len(order) - len(order) % self.rows or len(order)
         return [
-            TrieBatch(*(getattr(packed, f.name)[order[i : i + self.rows]] for f in fields(packed)))
+            type(packed)(*(getattr(packed, f.name)[order[i : i + self.rows]] for f in fields(packed)))
             for i in range(0, used, self.rows)
         ]
 
-    def __iter__(self) -> Iterator[TrieBatch]:
+    def __iter__(self) -> Iterator[Any]:
         while True:
             k, i = self.position
             batches = self._batches(k)
@@ -201,4 +205,4 @@ class TrieData:
                 self.position = (k, i + 1)
                 yield batches[i]
                 i += 1
-            self.position = (k + 1, 0)
+            self.position = (self._after(k), 0)

@@ -92,9 +92,9 @@ def _collect(word: str, values: list[int]) -> tuple[str, int]:
 
 def rows(rng: random.Random) -> Case:
     """Sums of the rows of a small table; the largest or smallest of them."""
-    letters = "abcdef"[: rng.choice([3, 4, 4, 5, 5])]
-    width, word = rng.choice([3, 4, 4]), rng.choice(["Largest", "Smallest"])
-    table = {c: [rng.randint(2, 29) for _ in range(width)] for c in letters}
+    letters = "abcdef"[: rng.choice([3, 4, 4, 5])]
+    width, word = rng.choice([4, 5, 6]), rng.choice(["Largest", "Smallest"])
+    table = {c: [rng.randint(2, 19) for _ in range(width)] for c in letters}
     sums = {c: _chain(v) for c, v in table.items()}
     end, answer = _collect(word, [s for _, s in sums.values()])
     prompt = "\n".join([*(f"{c}: {_said(v)}" for c, v in table.items()), f"{word} sum of a row?"])
@@ -104,15 +104,16 @@ def rows(rng: random.Random) -> Case:
 
 def orders(rng: random.Random) -> Case:
     """Several small word problems and their total."""
-    names = rng.sample(NAMES, rng.choice([3, 4, 4, 5]))
+    names = rng.sample(NAMES, rng.choice([3, 3, 4]))
     said, branches, values = [], [], []
     for name in names:
-        thing = rng.choice(FRUIT + TOOLS)
-        n, p, bus, gift = rng.randint(2, 6), rng.randint(2, 6), rng.randint(2, 19), rng.randint(2, 19)
-        said.append(f"{name} buys {n} {thing}s for {p} coins each, pays {bus} for the bus and {gift} for a book.")
-        first, total = n * p, n * p + bus + gift
-        branches.append(Branch(name, (f"{n} * {p} = {first}. {first} + {bus} = {first + bus}. "
-                                      f"{first + bus} + {gift} = {total}.",)))
+        first, second = rng.sample(FRUIT + TOOLS, 2)
+        n, p, m, q = (rng.randint(2, 6) for _ in range(4))
+        bus = rng.randint(2, 19)
+        said.append(f"{name} buys {n} {first}s for {p} coins each, {m} {second}s for {q} and pays {bus} for the bus.")
+        goods, total = n * p + m * q, n * p + m * q + bus
+        steps = f"{n} * {p} = {n * p}. {m} * {q} = {m * q}. {n * p} + {m * q} = {goods}. {goods} + {bus} = {total}."
+        branches.append(Branch(name, (steps,)))
         values.append(total)
     word = rng.choice(["Total", "Largest", "Smallest"])
     end, answer = _collect(word, values)
@@ -124,8 +125,8 @@ def orders(rng: random.Random) -> Case:
 def tree(rng: random.Random, parts: int | None = None, width: int | None = None, words: str = "all") -> Case:
     """Sum, maximum or product of small numbers by trees of two-operand steps, two to four of them independent."""
     parts = parts or rng.choice([2, 3, 4, 4])
-    word = rng.choice(["Sum", "Max", "Product"] if words == "all" else words.split())
-    width = width or (3 if word == "Product" else 4)
+    word = rng.choice(["Sum", "Sum", "Max", "Product"] if words == "all" else words.split())
+    width = width or (3 if word == "Product" else rng.choice([4, 6]))
     names = ("left", "right") if parts == 2 else "abcd"[:parts]
     if word == "Product":  # so that the last steps stay within the table of small products
         parts, names = 2, ("left", "right")
@@ -143,7 +144,7 @@ def tree(rng: random.Random, parts: int | None = None, width: int | None = None,
 
 def _numbers(rng: random.Random, word: str, width: int) -> list[int]:
     while True:
-        out = [rng.randint(1, 4) if word == "Product" else rng.randint(2, 29) for _ in range(width)]
+        out = [rng.randint(1, 4) if word == "Product" else rng.randint(2, 19) for _ in range(width)]
         if word != "Product" or _tree(word, out)[1] <= 9:
             return out
 
@@ -170,8 +171,8 @@ def nested(rng: random.Random) -> Case:
     for region in ("north", "south"):
         said.append(f"{region}:")
         inner, sums = [], []
-        for letter in [next(letters) for _ in range(rng.choice([2, 3, 3]))]:
-            numbers = [rng.randint(2, 29) for _ in range(3)]
+        for letter in [next(letters) for _ in range(rng.randint(2, 3))]:
+            numbers = [rng.randint(2, 19) for _ in range(4)]
             steps, total = _chain(numbers)
             said.append(f"{letter}: {_said(numbers)}")
             inner.append(Branch(letter, (steps,)))
