@@ -31,6 +31,7 @@ class Recipe:
         "ar", "masked_diffusion", "block_diffusion", "jacobi_forcing", "tool_slots", "causal_recovery",
         "structured_attention",
     ] = "ar"
+    pages: Literal["workbook", "orchestra"] = "workbook"  # what plain next-token training reads
     base: str | None = None  # model whose weights it starts from
     hidden: int = 192
     layers: int = 6
@@ -209,6 +210,11 @@ _ALL: tuple[AnyRecipe, ...] = (
     Recipe(
         name="zoo-tiny-wedlm", purpose="causal attention, next token and masked recovery, from zoo:tiny",
         objective="causal_recovery", base="zoo:tiny", block_size=16, minutes=15, lr=2e-3, adam_lr=1e-3,
+    ),
+    Recipe(
+        name="zoo-tiny-agents", purpose="does one agent's part of a task of several (AdaptOrch), from zoo:tiny",
+        pages="orchestra", base="zoo:tiny", minutes=14, rows=4, length=384, lr=3e-3, adam_lr=3e-3, warmup=30,
+        decay=0.5, average=0.99, weights={},
     ),
     PartRecipe(
         name="zoo-tiny-medusa", purpose="Medusa heads for zoo:tiny", kind="medusa", options={"heads": 4}, minutes=5,

@@ -23,6 +23,7 @@ import torch
 from stretto.models import checkpoint
 from stretto.models.config import ModelConfig, MoEConfig
 from stretto.models.transformer import Transformer
+from stretto.training.agent_data import agent_data, agent_tests
 from stretto.training.data import Document, PackedBatch, PackedData, pack
 from stretto.training.jacobi import JacobiForcing
 from stretto.training.nets import PackedNet, fast_dtype, initialise, upcycle
@@ -221,6 +222,8 @@ def objective_of(recipe: Recipe) -> Objective:
 
 def data_of(recipe: Recipe) -> PackedData:
     """Batches of the training split; pool k is drawn from stream number k of the recipe's seed."""
+    if recipe.pages == "orchestra":
+        return agent_data(recipe, pad_id=special_ids()["<|pad|>"])
 
     def pool(k: int) -> list[Document]:
         number = recipe.seed * 1_000_003 + k
@@ -257,6 +260,8 @@ def test_batches(recipe: Recipe, n: int) -> dict[str, PackedBatch]:
     pad = special_ids()["<|pad|>"]
     if structured:
         return flat_tests(n, recipe.length, pad_id=pad)
+    if recipe.pages == "orchestra":
+        return agent_tests(recipe, n, pad_id=pad)
     return {
         task: pack(
             documents(recipe, workbook.examples(task, "test", n, 10_007), random.Random(0)), recipe.length, pad_id=pad

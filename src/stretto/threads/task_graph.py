@@ -1,0 +1,242 @@
+"""A task as a graph: sub-tasks, what needs what, and how much of it (AdaptOrch, 2026, "build the DAG").
+
+Nodes carry an instruction and w, the tokens that are expected of it; an edge u -> v carries the coupling c in [0, 1],
+how much of u's content v needs. Everything here is linear in |V| + |E|. Indices of nodes are those of the input.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from stretto.errors import InputError, OptionError
+
+__all__ = ["COUPLING", "Edge", "Measures", "SubTask", "TaskGraph"]
+
+COUPLING = {"none": 0.0, "weak": 0.3, "strong": 0.7, "critical": 1.0}
+TOKENS = 32.0  # w where a plan says nothing
+
+
+@dataclass(frozen=True, slots=True)
+class SubTask:
+    """``w``: expected tokens of its answer."""
+
+    id: str
+    instruction: str
+    w: float = TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """``target`` needs what ``source`` says; ``coupling`` in [0, 1], or a key of COUPLING."""
+
+    source: str
+    target: str
+    coupling: float = COUPLING["strong"]
+
+
+@dataclass(frozen=True, slots=True)
+class Measures:
+    """``nodes`` |V|, ``edges`` |E|; ``omega``: the largest layer by longest path, a lower bound
+    of the largest antichain; ``delta``: the longest path by w in tokens, ``depth``: in nodes; ``gamma``: the mean
+    coupling."""
+
+    nodes: int
+    edges: int
+    omega: int
+    delta: float
+    depth: int
+    gamma: float
+
+    @property
+    def r(self) -> float:
+        return self.omega / self.nodes
+
+
+class _Node(BaseModel):
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    id: str = Field(min_length=1, max_length=64)
+    instruction: str | None = None
+    w: float = Field(TOKENS, gt=0, alias="tokens")
+
+
+class _Edge(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    source: str
+    target: str
+    coupling: float | str = "strong"
+
+
+class _Plan(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    common: str = ""
+    subtasks: list[_Node]
+    edges: list[_Edge | tuple[str, str] | tuple[str, str, float | str]] = []
+    merge: str | None = None
+    outputs: list[str] | None = None
+
+
+class TaskGraph:
+    """A directed acyclic graph of sub-tasks.
+
+    ``common``: what every agent reads first. ``merge``: what the synthesis has to do with all results; None = the
+    results of ``outputs`` (default: the sinks) are the answer as they are. Raises InputError for no sub-task at all, a
+    duplicate id, an edge to itself, twice, or to an id that does not exist, and a cycle, all by name.
+    """
+
+    def __init__(
+        self, nodes: Iterable[SubTask], edges: Iterable[Edge] = (), *, common: str = "", merge: str | None = None,
+        outputs: Iterable[str] | None = None,
+    ):
+        self.nodes, self.edges, self.common, self.merge = tuple(nodes), tuple(edges), common, merge
+        self.index: dict[str, int] = {}
+        if not self.nodes:
+            raise InputError("a task needs at least one sub-task")
+        for i, node in enumerate(self.nodes):
+            if self.index.setdefault(node.id, i) != i:
+                raise InputError(f"two sub-tasks have the id {node.id!r}: ids must differ")
+        self._link()
+        self.order = self._sort()
+        if outputs is not None:
+            self.outputs = tuple(outputs)
+            if lost := [o for o in self.outputs if o not in self.index]:
+                raise InputError(f"outputs names {lost[0]!r}, which is no sub-task: there are {', '.join(self.index)}")
+        else:
+            self.outputs = tuple(n.id for n, after in zip(self.nodes, self.succs, strict=True) if not after)
+
+    def _link(self) -> None:
+        """Neighbours in the order of the nodes, whatever the order of the edges."""
+        n, pairs = len(self.nodes), set()
+        into: list[list[tuple[int, float]]] = [[] for _ in range(n)]
+        for e in self.edges:
+            for end in (e.source, e.target):
+                if end not in self.index:
+                    raise InputError(f"the edge {e.source!r} -> {e.target!r} names {end!r}, which is no sub-task")
+            if e.source == e.target:
+                raise InputError(f"sub-task {e.source!r} depends on itself")
+            if not 0 <= e.coupling <= 1:
+                raise OptionError("coupling", e.coupling, f"a number from 0 to 1 (edge {e.source!r} -> {e.target!r})")
+            u, v = self.index[e.source], self.index[e.target]
+            if (u, v) in pairs:
+                raise InputError(f"the edge {e.source!r} -> {e.target!r} is there twice")
+            pairs.add((u, v))
+            into[v].append((u, e.coupling))
+        self.succs: list[list[tuple[int, float]]] = [[] for _ in range(n)]
+        for v in range(n):
+            for u, c in into[v]:
+                self.succs[u].append((v, c))
+        self.preds: list[list[tuple[int, float]]] = [[] for _ in range(n)]
+        for u in range(n):
+            for v, c in self.succs[u]:
+                self.preds[v].append((u, c))
+
+    def _sort(self) -> list[int]:
+        """Kahn's order, the first of the input first."""
+        missing = [len(p) for p in self.preds]
+        ready = deque(i for i, m in enumerate(missing) if not m)
+        order: list[int] = []
+        while ready:
+            u = ready.popleft()
+            order.append(u)
+            for v, _ in self.succs[u]:
+                missing[v] -= 1
+                if not missing[v]:
+                    ready.append(v)
+        if len(order) < len(self.nodes):
+            raise InputError(f"the sub-tasks depend on each other in a circle: {' -> '.join(self._cycle(missing))}")
+        return order
+
+    def _cycle(self, missing: list[int]) -> list[str]:
+        """Ids along one cycle of the nodes that never became ready; each of them has such a predecessor."""
+        at = next(i for i, m in enumerate(missing) if m)
+        seen: dict[int, int] = {}
+        path: list[int] = []
+        while at not in seen:
+            seen[at] = len(path)
+            path.append(at)
+            at = next(u for u, _ in self.preds[at] if missing[u])
+        return [self.nodes[i].id for i in [at, *reversed(path[seen[at]:])]]
+
+    @cached_property
+    def level(self) -> list[int]:
+        """Of each node the length of the longest path that leads to it, in edges."""
+        level = [0] * len(self.nodes)
+        for u in self.order:
+            for v, _ in self.succs[u]:
+                level[v] = max(level[v], level[u] + 1)
+        return level
+
+    @cached_property
+    def remaining(self) -> list[float]:
+        """Of each node the longest path from it to a sink by w, itself included: its priority."""
+        out = [n.w for n in self.nodes]
+        for u in reversed(self.order):
+            out[u] += max((out[v] for v, _ in self.succs[u]), default=0.0)
+        return out
+
+    @cached_property
+    def measures(self) -> Measures:
+        width = [0] * (1 + max(self.level))
+        for depth in self.level:
+            width[depth] += 1
+        couplings = [e.coupling for e in self.edges]
+        return Measures(
+            len(self.nodes), len(couplings), max(width), max(self.remaining), len(width),
+            sum(couplings) / len(couplings) if couplings else 0.0,
+        )
+
+    def descendants(self, ids: Iterable[str]) -> set[str]:
+        """``ids`` and everything that needs any of them."""
+        todo = [self.index[i] for i in ids]
+        seen = set(todo)
+        while todo:
+            for v, _ in self.succs[todo.pop()]:
+                if v not in seen:
+                    seen.add(v)
+                    todo.append(v)
+        return {self.nodes[i].id for i in seen}
+
+    def dump(self) -> dict[str, Any]:
+        """As JSON can say it; ``TaskGraph.read`` makes the same graph of it."""
+        return {
+            "common": self.common, "merge": self.merge, "outputs": list(self.outputs),
+            "subtasks": [{"id": n.id, "instruction": n.instruction, "w": n.w} for n in self.nodes],
+            "edges": [[e.source, e.target, e.coupling] for e in self.edges],
+        }
+
+    @classmethod
+    def read(cls, plan: str | Mapping[str, Any], *, lines: Mapping[str, str] | None = None) -> TaskGraph:
+        """From JSON: {"common", "subtasks": [{"id", "instruction", "w"}], "edges": [[u, v, coupling]], "merge"}.
+
+        ``lines``: instructions of the ids for which the plan has none. Raises InputError naming the field.
+        """
+        try:
+            body = _Plan.model_validate(json.loads(plan) if isinstance(plan, str) else plan)
+        except ValidationError as e:
+            first = e.errors()[0]
+            raise InputError(f"the plan's {'.'.join(map(str, first['loc'])) or 'top'} is wrong: {first['msg']}") from e
+        except ValueError as e:
+            raise InputError(f"the plan is no JSON: {e}") from e
+        nodes = []
+        for n in body.subtasks:
+            text = n.instruction if n.instruction is not None else (lines or {}).get(n.id)
+            if text is None:
+                raise InputError(f"sub-task {n.id!r} has no instruction, and the task has no line {n.id!r}:")
+            nodes.append(SubTask(n.id, text, n.w))
+        edges = [_edge(e) for e in body.edges]
+        return cls(nodes, edges, common=body.common, merge=body.merge, outputs=body.outputs)
+
+
+def _edge(given: _Edge | tuple) -> Edge:
+    u, v, c = (given.source, given.target, given.coupling) if isinstance(given, _Edge) else (*given, "strong")[:3]
+    if isinstance(c, str):
+        if c not in COUPLING:
+            raise OptionError("coupling", c, f"a number from 0 to 1 or one of {', '.join(COUPLING)}")
+        c = COUPLING[c]
+    return Edge(u, v, float(c))
