@@ -13,6 +13,7 @@ ROWS = [  # from the top; a room may import what stands in later rows
     {"systems"},
     {"serving", "threads", "multimodal", "pipelines", "programs", "science", "bench"},
     {"llm"},
+    {"shared"},
     {"session"},
     {"joins"},
     {"training"},

@@ -11,7 +11,8 @@ from model_zoo import BASE
 from stretto.errors import OptionError, PromptError, UnsupportedError
 from stretto.models.batch import FlatBatch, KVPool
 from stretto.models.config import ModelConfig
-from stretto.models.context import PackedContext, forward_batch, packed, plain_logits
+from stretto.models.context import PackedContext, packed, plain_logits
+from stretto.models.pool_context import forward_batch
 from stretto.models.transformer import Transformer
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}

@@ -10,9 +10,9 @@ import tiny
 from stretto.engine.runner import Runner
 from stretto.errors import UnsupportedError
 from stretto.models.batch import FlatBatch
-from stretto.models.context import forward_batch
 from stretto.models.entries import Entry, sink
 from stretto.models.native import NativeForward
+from stretto.models.pool_context import forward_batch
 
 REASON = NativeForward.supported(tiny.config())
 BACKENDS = ["torch", pytest.param("native", marks=pytest.mark.skipif(REASON is not None, reason=str(REASON)))]

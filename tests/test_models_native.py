@@ -11,10 +11,10 @@ import tiny
 from stretto.errors import OptionError, PromptError, UnsupportedError
 from stretto.models import native_linear
 from stretto.models.batch import FlatBatch, KVPool
-from stretto.models.context import forward_batch
 from stretto.models.lora import add_lora, merge_lora
 from stretto.models.native import NativeForward
 from stretto.models.native_linear import PackedLinear, argmax, linear
+from stretto.models.pool_context import forward_batch
 
 REASON = NativeForward.supported(tiny.config())
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"NATIVE FORWARD NOT TESTED: {REASON}")

@@ -20,6 +20,7 @@ from stretto.engine.cache import View
 from stretto.engine.engine import Progress, Stream
 from stretto.engine.feed import Feed
 from stretto.engine.params import SamplingParams
+from stretto.engine.team import Team
 from stretto.engine.types import Lease, Metrics
 from stretto.errors import CapacityError, InputError, OptionError
 from stretto.joins import join
@@ -67,7 +68,8 @@ class Thread:
 
     ``tokens`` [n]: the whole line as it is read; ``view``: cached rows of the first of them; ``start``: where the
     thread's own tokens begin; ``shift``: position of a token minus its place in ``tokens``, for tokens to come;
-    ``path``: which branch this is; ``depth``: generated tokens of the longest chain that leads here.
+    ``path``: which branch this is; ``depth``: generated tokens of the longest chain that leads here; ``reads``: lines
+    that it reads before its own, ``team``: the lines that it goes forward with (``shared.Shared`` sets both).
     """
 
     session: Session
@@ -84,6 +86,8 @@ class Thread:
     children: list[Thread] = field(default_factory=list)
     busy: bool = False
     gens: int = 0
+    reads: tuple[Thread, ...] = ()
+    team: Team | None = None
 
     @property
     def own(self) -> list[int]:
@@ -352,7 +356,9 @@ class Session(Thread):
                 params = self._budget(thread, method, params)
                 constraint = self.llm.constraint(params)
                 thread.view.truncate(min(len(thread.view), len(thread.tokens) - 1))
-                lease = Lease(thread.view, thread.shift, (*thread.path, thread.gens), thread.plain)
+                reads = tuple(t.view for t in thread.reads)
+                path = (*thread.path, thread.gens)
+                lease = Lease(thread.view, thread.shift, path, thread.plain, reads, thread.team)
                 streams += self.llm.engine.add(
                     thread.tokens, params, method, priority=self.priority, salt=self.salt, constraint=constraint,
                     decode_text=True, lease=lease,

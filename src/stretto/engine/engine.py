@@ -128,6 +128,7 @@ class Engine:
             )
             if lease is not None:
                 seq.shift, seq.plain, seq.held = lease.shift, lease.plain, True
+                seq.reads, seq.team = lease.reads, lease.team
             seq.logprobs = [] if params.logprobs is not None else None
             method.admit(seq)
             decoder = self._decoder(params) if params.stop or decode_text else None

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from stretto.engine.runner import Runner
+from stretto.engine.team import join_runs, read
 from stretto.engine.types import CAUSAL, FULL, Sequence, Step, Visible
 from stretto.models.batch import FlatBatch, ForwardResult
 from stretto.models.entries import Entry
@@ -51,9 +52,12 @@ class Plan:
 
     def chain(self, block: int) -> bool:
         """Every row sees the whole view and the rows before it, at consecutive positions."""
+        return not (self.seq.reads or (self.lead and block > 1)) and self.plain_chain
+
+    @property
+    def plain_chain(self) -> bool:
+        """The step chooses neither context nor positions nor visibility."""
         step = self.step
-        if self.lead and block > 1:
-            return False
         return step is None or (
             step.context is None and step.positions is None and step.embeds is None
             and not step.entries and step.sharing is None
@@ -65,8 +69,9 @@ class Plan:
         """A step whose layout was prepared, with nothing before it, all of its logits wanted and no states."""
         step = self.step
         return (
-            not self.lead and step is not None and isinstance(step.see, Visible) and step.context is None
-            and step.logits is None and isinstance(step.positions, np.ndarray) and not step.taps and not self.seq.taps
+            not self.lead and not self.seq.reads and step is not None and isinstance(step.see, Visible)
+            and step.context is None and step.logits is None and isinstance(step.positions, np.ndarray)
+            and not step.taps and not self.seq.taps
         )
 
     @property
@@ -177,16 +182,25 @@ def _pack(plans: list[Plan], block: int) -> FlatBatch:
     contexts, local, counts, logit_rows, embeds, embed_rows = [], [], [], [], [], []
     entries: list[Entry] = []
     taps: set[int] = set()
+    runs: list[Any] = []
     row = logit = 0
     for plan in plans:
-        seq, step, lead = plan.seq, plan.step, plan.lead
+        plan.row, row = row, row + plan.rows
+    writers = {p.seq.view: p for p in plans if p.seq.team is not None}
+    for plan in plans:
+        seq, step, lead, row = plan.seq, plan.step, plan.lead, plan.row
         start = len(seq.view)
         first = start + seq.shift
-        plan.row, plan.logit = row, logit
-        cols, n_cols = _local(plan, block)
-        local.append(cols + np.int32(row))
+        plan.logit = logit
+        if seq.reads:
+            context, cols, n_cols, run = read(plan, writers)
+        else:
+            context, (cols, n_cols), run = _context(plan), _local(plan, block), plan.rows
+            cols = cols + np.int32(row)
+        local.append(cols)
         counts.append(n_cols)
-        contexts.append(_context(plan))
+        contexts.append(context)
+        runs.append(run)
         if lead:
             tokens += seq.tokens[start : start + lead]
         taps.update(seq.taps)
@@ -201,16 +215,14 @@ def _pack(plans: list[Plan], block: int) -> FlatBatch:
                 embeds.append(step.embeds)
                 embed_rows += [row + lead + i for i in step.embed_rows]
             entries += [e.shifted(row + lead) for e in step.entries]
-        row += plan.rows
     of = np.repeat(_numbers(len(plans)), [p.rows for p in plans])
     ptr, local_ptr = _ptr([len(c) for c in contexts]), _ptr(np.concatenate(counts))
     wanted = np.array(logit_rows, np.int32)
     parts = [*positions, *(p.slots for p in plans), of, ptr, local_ptr, *contexts, *local, wanted]
     return FlatBatch.lay(
-        np.array(tokens, np.int64), row, len(plans), parts, taps=tuple(sorted(taps)),
+        np.array(tokens, np.int64), len(of), len(plans), parts, taps=tuple(sorted(taps)),
         embeds=torch.cat(embeds) if embeds else None, embed_rows=np.array(embed_rows, np.int32) if embeds else None,
-        entries=entries,
-        sharing=_sharing(plans),
+        entries=entries, sharing=_sharing(plans), runs=join_runs(runs) if any(p.seq.reads for p in plans) else None,
     )
 
 

@@ -16,8 +16,8 @@ from stretto.engine.cache import SlotAllocator
 from stretto.engine.slot_cache import SlotCache
 from stretto.errors import CapacityError, OptionError, UnsupportedError
 from stretto.models.batch import Doubt, Early, FlatBatch, ForwardResult, KVPool
-from stretto.models.context import forward_batch
 from stretto.models.entries import Matrix, sink
+from stretto.models.pool_context import forward_batch
 from stretto.models.staged import StagedForward, check_early
 from stretto.models.transformer import Transformer
 

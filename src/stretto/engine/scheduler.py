@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from stretto.engine.cache import PrefixCache
 from stretto.engine.pack import Plan
 from stretto.engine.runner import Runner
+from stretto.engine.team import units, whole
 from stretto.engine.types import Method, Sequence
 
 __all__ = ["Entry", "Scheduler"]
@@ -44,7 +45,7 @@ class Scheduler:
         self.running: list[Entry] = []
         self.preemptions = 0
         self._alloc, self._prefix, self._runner = runner.alloc, prefix, runner
-        self._max_rows, self._max_seqs, self._block = max_rows, max_seqs, block
+        self.max_rows, self._max_seqs, self._block = max_rows, max_seqs, block
 
     def add(self, entry: Entry) -> None:
         self.waiting.append(entry)
@@ -64,29 +65,41 @@ class Scheduler:
         self._alloc.tidy()
         self._admit()
         plans = self._allot(self._prompts(self._proposals()))
-        if self.preemptions == before and not plans and self.running:
+        if self.preemptions == before and not plans and whole(self.running):
             raise AssertionError("running sequences, but no plan")
         return plans
 
     def _admit(self) -> None:
+        """Start waiting entries while there is room; a team starts as a whole, and who comes back to one that runs
+        has its seat."""
+        teams = {e.seq.team for e in self.running if e.seq.team is not None}
+        self._start([e for e in self.waiting if e.seq.team in teams])
         while self.waiting and len(self.running) < self._max_seqs:
             entry = self.waiting[0]
             seq = entry.seq
-            if not len(seq.view) and self._prefix is not None and seq.method.prefill(seq):
+            mates = [entry] if seq.team is None else [e for e in self.waiting if e.seq.team is seq.team]
+            if self.running and len(self.running) + len(mates) > self._max_seqs:
+                return
+            if not len(seq.view) and self._prefix is not None and seq.plain and seq.method.prefill(seq):
                 seq.metrics.cached_tokens = self._prefix.attach(
                     seq.view, seq.tokens, seq.prefix_salt, seq.method.prefill(seq)
                 )
-            need = len(seq.tokens) - len(seq.view) + 16
+            need = sum(len(e.seq.tokens) - len(e.seq.view) + 16 for e in mates)
             if self.running and need > self._alloc.free:
                 self._reclaim(need)
                 if need > self._alloc.free:
                     if not seq.held:
                         seq.view.release()
                     return
-            if seq.metrics.started is None:
-                seq.metrics.started = time.perf_counter()
-            self.running.append(self.waiting.pop(0))
-            self.running.sort(key=lambda e: e.rank)
+            self._start(mates)
+
+    def _start(self, entries: list[Entry]) -> None:
+        for entry in entries:
+            if entry.seq.metrics.started is None:
+                entry.seq.metrics.started = time.perf_counter()
+            self.waiting.remove(entry)
+            self.running.append(entry)
+        self.running.sort(key=lambda e: e.rank)
 
     def _spawn(self) -> None:
         """Fork the waiting choices of every prompt that is cached."""
@@ -106,7 +119,7 @@ class Scheduler:
         self._spawn()
         left = self._rows()
         plans, ready = [], []
-        for entry in self.running:
+        for entry in whole(self.running):
             seq = entry.seq
             lead = max(0, seq.method.prefill(seq) - len(seq.view))
             plan = Plan(seq, lead)
@@ -130,21 +143,24 @@ class Scheduler:
         left, out = self._rows(), []
         if all(p.step is not None for p in plans) and sum(p.rows for p in plans) <= left:
             return plans
-        for plan in sorted(plans, key=lambda p: p.step is None or p.lead > 0):
-            if plan.step is not None and (plan.rows <= left or not out):
-                left -= plan.rows
-                out.append(plan)
-            elif plan.lead and left > 0:
-                plan.put(None, self._chunk(plan, left))
-                left -= plan.lead
-                if plan.lead:
-                    out.append(plan)
+        for unit in units(sorted(plans, key=lambda p: p.step is None or p.lead > 0)):
+            rows = sum(p.rows for p in unit)
+            if all(p.step is not None for p in unit) and (rows <= left or not out):
+                left -= rows
+                out += unit
+                continue
+            for plan in unit:
+                if plan.lead and left > 0 and plan.seq.team is None:
+                    plan.put(None, self._chunk(plan, left))
+                    left -= plan.lead
+                    if plan.lead:
+                        out.append(plan)
         return out
 
     def _rows(self) -> int:
         """Most rows of the next forward."""
         most = self._runner.max_rows
-        return self._max_rows if most is None else min(self._max_rows, most)
+        return self.max_rows if most is None else min(self.max_rows, most)
 
     def _chunk(self, plan: Plan, left: int) -> int:
         if plan.lead <= left:
@@ -180,7 +196,11 @@ class Scheduler:
             if plan.seq in rank and plan.rows <= self._alloc.room(plan.seq.view):
                 plan.slots = self._alloc.alloc(plan.rows, plan.seq.view)
                 done.append(plan)
-        return done
+        kept = {id(p) for p in whole(done)}
+        for plan in done:
+            if id(plan) not in kept:
+                self._alloc.release(plan.slots)
+        return [p for p in done if id(p) in kept]
 
     def _reclaim(self, rows: int) -> None:
         if self._prefix is not None and rows > self._alloc.free:

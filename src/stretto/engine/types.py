@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from stretto.engine.host import Host
     from stretto.engine.params import SamplingParams
     from stretto.engine.sampling import Sampler
+    from stretto.engine.team import Team
     from stretto.models.entries import Entry
 
 __all__ = ["CAUSAL", "FULL", "Commit", "Extra", "Lease", "Method", "Metrics", "Outcome", "Sequence", "Step", "Visible"]
@@ -167,13 +168,16 @@ class Lease:
     """Cached rows that the caller lends to a sequence and has back, longer, when it ends.
 
     ``view``: rows of the first tokens of the prompt. ``shift``: position of a row minus its place in the view, for
-    rows to come. ``path``: branch path, a part of the key of the random numbers. ``plain``: as in Sequence.
+    rows to come. ``path``: branch path, a part of the key of the random numbers. ``plain``, ``reads``, ``team``: as in
+    Sequence.
     """
 
     view: View
     shift: int = 0
     path: tuple[int, ...] = ()
     plain: bool = True
+    reads: tuple[View, ...] = ()
+    team: Team | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -195,6 +199,8 @@ class Sequence:
     shift: int = 0  # what is added to every position that the method asks for; not 0 behind a join
     held: bool = False  # the view is lent by a session: it outlives the sequence and is never dropped
     plain: bool = True  # the cached rows are those of a plain prefill of ``tokens``; only such are shared
+    reads: tuple[View, ...] = ()  # what its rows see before its own view, in this order, as it is at each forward
+    team: Team | None = None  # goes forward together with these; only methods whose rows all stay (engine/team.py)
     state: Any = None  # the method's own
     metrics: Metrics = field(default_factory=Metrics)
     logprobs: list[dict[int, float]] | None = None

@@ -17,11 +17,32 @@ from torch import Tensor
 if TYPE_CHECKING:
     from stretto.models.entries import Entry
 
-__all__ = ["Doubt", "Early", "EarlyLogits", "FlatBatch", "ForwardResult", "KVPool"]
+__all__ = ["Doubt", "Early", "EarlyLogits", "FlatBatch", "ForwardResult", "KVPool", "Runs"]
 
 Ints = np.ndarray  # int32 unless said otherwise
 Early = Mapping[int, Callable[["ForwardResult"], None]]  # layer (1-based) -> who looks at what it would give
 EarlyLogits = Mapping[int, Callable[[Tensor], None]]
+
+
+@dataclass(slots=True, frozen=True)
+class Runs:
+    """Rows that read their keys in runs, each with the query at a position of its own: the keys of a run lie at
+    positions of their own segment, and only the distance to the query counts (R(p - o) q against R(i) k).
+
+    Row i reads its list from key ``start[r]`` on, up to the next run's, with the query at position ``at[r]``, for r in
+    ptr[i]..ptr[i+1]-1; the first ``start`` is 0. A row without runs reads all with the query at its own position.
+    """
+
+    ptr: Ints  # [n+1]
+    start: Ints  # [r]
+    at: Ints  # [r]
+
+    def taken(self, order: np.ndarray) -> Runs:
+        """Those of the rows ``order``, in that order."""
+        counts = np.diff(self.ptr)[order]
+        ends = counts.cumsum()
+        index = np.repeat(self.ptr[order] - (ends - counts), counts) + np.arange(counts.sum())
+        return Runs(np.concatenate([[0], ends]).astype(np.int32), self.start[index], self.at[index])
 
 
 @dataclass(slots=True)
@@ -49,6 +70,7 @@ class FlatBatch:
     embed_rows: Ints | None = None
     entries: Sequence[Entry] = ()  # rows that enter in mid-stack
     sharing: Sequence[tuple[Any, Ints]] = ()  # (rule, rows): rows that route within one set of experts (moe.Rule)
+    runs: Runs | None = None  # rows that read segments at positions of their own
     ints: Ints | None = None  # where the arrays from positions to logit_rows are views of one: ``lay`` made them
 
     @classmethod
@@ -72,6 +94,12 @@ class FlatBatch:
     @property
     def n(self) -> int:
         return len(self.tokens)
+
+    @property
+    def furthest(self) -> int:
+        """The largest position of a row or of a query."""
+        most = int(self.positions.max())
+        return most if self.runs is None or not len(self.runs.at) else max(most, int(self.runs.at.max()))
 
     def in_one(self) -> Ints:
         """All integer arrays in the order of ``lay``, then ``embed_rows``. IndexError where they do not fit."""

@@ -141,7 +141,7 @@ def sink(batch: FlatBatch) -> tuple[FlatBatch, np.ndarray | None]:
         context_of=batch.context_of[order], local=local,
         local_ptr=np.concatenate([[0], ends]).astype(np.int32), logit_rows=now[batch.logit_rows],
         embed_rows=None if batch.embed_rows is None else now[batch.embed_rows], entries=merged,
-        ints=None,
+        runs=None if batch.runs is None else batch.runs.taken(order), ints=None,
     )  # fmt: skip
     return moved, now
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from stretto.errors import OptionError, PromptError, UnsupportedError
-from stretto.models.batch import Doubt, FlatBatch, ForwardResult, KVPool
+from stretto.models.batch import Doubt, FlatBatch, ForwardResult, KVPool, Runs
 from stretto.models.config import ModelConfig
 from stretto.models.entries import structs
 from stretto.models.moe import SparseMLP
@@ -187,19 +187,27 @@ class NativeForward:
             keys, values, positions, logits.data_ptr(), array_address(best), ctypes.addressof(taps),
             ctypes.addressof(entries) if entries else None,
         )  # fmt: skip
+        if batch.runs is not None:
+            self._read_in_runs(b, batch.runs)
         with self._lock:
             code = self._lib.stretto_forward(ctypes.addressof(self._model), ctypes.addressof(b))
             if code == 1 and batch.positions.min() >= 0:
-                self._grow_angles(int(batch.positions.max()) + 1)
+                self._grow_angles(batch.furthest + 1)
                 code = self._lib.stretto_forward(ctypes.addressof(self._model), ctypes.addressof(b))
         if code == 2:
             raise PromptError(f"token ids must lie in 0..{c.vocab_size - 1}")
         if code < 0:
             raise MemoryError(f"no memory for a forward of {n} rows")
         if code:
-            what = ("position", "token", "slot", "context", "row", "entry")[code - 1]
+            what = ("position", "token", "slot", "context", "row", "entry", "run")[code - 1]
             raise IndexError(f"the batch names a {what} that does not exist")
         return ForwardResult(logits, hidden, best)
+
+    def _read_in_runs(self, b: Any, runs: Runs) -> None:
+        if any(self.config.windows):
+            raise UnsupportedError("rows that read segments at positions of their own need a model without windows")
+        b.n_runs = len(runs.start)
+        b.run_ptr, b.run_start, b.run_at = map(array_address, (runs.ptr, runs.start, runs.at))
 
     def chain(
         self, pool: KVPool, context: np.ndarray, tokens: list[int], position: int, slots: np.ndarray,

@@ -52,7 +52,8 @@ Batch = _struct(
     (LONG, "n contexts n_context n_local k n_embeds S kv_bf16 n_entries known"),
     (POINTER, "tokens ints embeds k_pool v_pool pool_positions logits best taps entries"),
     (POINTER, "positions slots context_of context_ptr local_ptr context local logit_rows embed_rows"),
-)
+    (LONG, "n_runs"), (POINTER, "run_ptr run_start run_at"),
+)  # fmt: skip
 Chain = _struct(
     (LONG, "cached given most position classes"), (POINTER, "context slots tokens ints borders rates found"),
     (ctypes.c_float, "gain least"),

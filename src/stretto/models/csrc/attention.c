@@ -168,6 +168,15 @@ static const int32_t *list_slots(const List *l, const Batch *b, int64_t first, i
     return buffer;
 }
 
+/* Does row i read its keys in runs, each with the query turned to a position of its own? */
+INLINE int in_runs(const Batch *b, int64_t i) { return b->n_runs && b->run_ptr[i] < b->run_ptr[i + 1]; }
+
+/* How far a row has read its list: the next key, where its run ends, and the next run. */
+typedef struct {
+    int64_t next, end;
+    int32_t run;
+} Cursor;
+
 /* The running softmax of one query. */
 typedef struct {
     const float *q; /* [D], times the softmax scale */
@@ -214,12 +223,35 @@ static void chunk_queries(
     }
 }
 
-/* Scratch of one thread: a tile of keys; for each of ROWS rows R queries and their outputs, and the kept lists. */
+/* Scratch of one thread: a tile of keys; for each of ROWS rows R queries, their outputs and turned copies of them, and
+   the kept lists. */
 static size_t query_bytes(const Model *m) { return (size_t)ROWS * (m->A / m->G) * (sizeof(Query) + sizeof(Query *)); }
 static size_t out_bytes(const Model *m) { return (size_t)ROWS * (m->A / m->G) * m->D * 4; }
 
 size_t attention_bytes(const Model *m, int64_t keys) {
-    return ((size_t)m->D * CHUNK * 4 + query_bytes(m) + out_bytes(m) + ROWS * keys * 4 + 63) / 64 * 64;
+    return ((size_t)m->D * CHUNK * 4 + query_bytes(m) + 2 * out_bytes(m) + ROWS * keys * 4 + 63) / 64 * 64;
+}
+
+/* Rotate the two halves of one head; then times ``scale``. */
+static void rotate(float *x, const float *cos, const float *sin, int half, float scale) {
+    for (int j = 0; j < half; j++) {
+        float a = x[j], b = x[j + half];
+        x[j] = (a * cos[j] - b * sin[j]) * scale;
+        x[j + half] = (b * cos[j] + a * sin[j]) * scale;
+    }
+}
+
+/* Go to the run that holds the next key of row i: its R queries q [R, D], not rotated yet, to ``to`` as it wants them. */
+static void enter_run(const Model *m, const Batch *b, int64_t i, int64_t keys, Cursor *c, const float *q, float *to) {
+    const int D = m->D, R = m->A / m->G;
+    while (c->next == c->end) {
+        const int32_t run = c->run++;
+        c->end = run + 1 < b->run_ptr[i + 1] ? b->run_start[run + 1] : keys;
+        if (c->next == c->end) continue;
+        const int64_t at = (int64_t)b->run_at[run] * (D / 2);
+        memcpy(to, q, sizeof(float) * R * D);
+        for (int h = 0; h < R; h++) rotate(to + h * D, m->cos + at, m->sin + at, D / 2, 1.0f);
+    }
 }
 
 /* Kv head g of rows row0 .. row0 + rows - 1. qkv [n, (A + 2 G) D], out [n, A D]. */
@@ -231,27 +263,36 @@ static void item(
     float *tile = (float *)scratch;
     scratch += (size_t)D * CHUNK * 4;
     Query *queries = (Query *)scratch, **chosen = (Query **)(queries + ROWS * R);
-    float *outs = (float *)(scratch + query_bytes(m));
-    int32_t *kept = (int32_t *)(scratch + query_bytes(m) + out_bytes(m));
+    float *outs = (float *)(scratch + query_bytes(m)), *turns = (float *)(scratch + query_bytes(m) + out_bytes(m));
+    int32_t *kept = (int32_t *)(scratch + query_bytes(m) + 2 * out_bytes(m));
     List lists[ROWS];
-    int64_t most = 0;
+    Cursor cursors[ROWS];
     memset(outs, 0, sizeof(float) * rows * R * D);
     for (int i = 0; i < rows; i++) {
+        const int runs = in_runs(b, row0 + i);
+        const float *q = qkv + ((row0 + i) * (m->A + 2 * m->G) + g * R) * D;
         lists[i] = row_list(b, row0 + i, m->layers[layer].window, kept + i * keys);
-        most = lists[i].n > most ? lists[i].n : most;
+        cursors[i] = (Cursor){0, runs ? 0 : lists[i].n, runs ? b->run_ptr[row0 + i] : 0};
         for (int h = 0; h < R; h++)
             queries[i * R + h] = (Query){
-                qkv + ((row0 + i) * (m->A + 2 * m->G) + g * R + h) * D, outs + (i * R + h) * D, -INFINITY, 0};
+                runs ? turns + (i * R + h) * D : q + h * D, outs + (i * R + h) * D, -INFINITY, 0};
     }
-    for (int64_t first = 0; first < most; first += CHUNK) {
+    for (int more = 1; more;) {
         int32_t buffer[2][CHUNK];
         const int32_t *slots = NULL;
         int count = 0, n = 0;
+        more = 0;
         for (int i = 0; i < rows; i++) { /* neighbours with the same keys go together */
-            const int64_t left = lists[i].n - first;
-            if (left <= 0) continue;
+            Cursor *c = &cursors[i];
+            if (c->next >= lists[i].n) continue;
+            if (c->next == c->end) {
+                const float *q = qkv + ((row0 + i) * (m->A + 2 * m->G) + g * R) * D;
+                enter_run(m, b, row0 + i, lists[i].n, c, q, turns + i * R * D);
+            }
+            const int64_t first = c->next, left = c->end - first;
             const int n_i = left < CHUNK ? (int)left : CHUNK;
             const int32_t *slots_i = list_slots(&lists[i], b, first, n_i, buffer[slots == buffer[0]]);
+            c->next += n_i, more = 1;
             if (count && (n_i != n || (slots_i != slots && memcmp(slots_i, slots, n * sizeof *slots)))) {
                 chunk_queries(
                     chosen, count, slots, n, (char *)b->k_pool + base, (char *)b->v_pool + base, pitch, D, b->kv_bf16, tile);
@@ -271,15 +312,6 @@ static void item(
     }
 }
 
-/* Rotate the two halves of one head; then times ``scale``. */
-static void rotate(float *x, const float *cos, const float *sin, int half, float scale) {
-    for (int j = 0; j < half; j++) {
-        float a = x[j], b = x[j + half];
-        x[j] = (a * cos[j] - b * sin[j]) * scale;
-        x[j + half] = (b * cos[j] + a * sin[j]) * scale;
-    }
-}
-
 static void put_kv(void *pool, int64_t at, const float *x, int n, int bf16) {
     if (bf16)
         for (int j = 0; j < n; j++) ((uint16_t *)pool)[at + j] = float_to_bf16(x[j]);
@@ -287,17 +319,20 @@ static void put_kv(void *pool, int64_t at, const float *x, int n, int bf16) {
 }
 
 /* Kv head g of row i and the queries that share it: norm and rotation of q and k in place (q also times the softmax
-   scale); k and v to their slot. */
+   scale; not rotated where each of its runs wants it otherwise); k and v to their slot. */
 static void rope(const Model *m, const Batch *b, int layer, int64_t i, int g, float *qkv) {
     const Layer *l = &m->layers[layer];
     const int D = m->D, A = m->A, G = m->G, R = A / G;
     float *row = qkv + i * (A + 2 * G) * D, *k = row + (A + g) * D;
     const float *cos = m->cos + (int64_t)b->positions[i] * (D / 2), *sin = m->sin + (int64_t)b->positions[i] * (D / 2);
+    const int runs = in_runs(b, i);
     for (int h = 0; h <= R; h++) {
         float *x = h < R ? row + (g * R + h) * D : k;
         const float *weight = h < R ? l->q_norm : l->k_norm;
         if (weight) rms_norm(x, weight, D, m->eps, x);
-        rotate(x, cos, sin, D / 2, h < R ? m->scale : 1.0f);
+        if (h < R && runs)
+            for (int d = 0; d < D; d++) x[d] *= m->scale;
+        else rotate(x, cos, sin, D / 2, h < R ? m->scale : 1.0f);
     }
     const int64_t at = (((int64_t)layer * b->S + b->slots[i]) * G + g) * D;
     put_kv(b->k_pool, at, k, D, b->kv_bf16);

@@ -232,8 +232,22 @@ static int no_borders(const int32_t *x, int64_t n, int64_t total) {
     return bad;
 }
 
+/* 0, or what is wrong with the runs: 1 a position beyond the angles, 7 anything else. */
+static int bad_runs(const Model *m, const Batch *b) {
+    if (!b->n_runs) return 0;
+    if (no_borders(b->run_ptr, b->n, b->n_runs)) return 7;
+    for (int64_t i = 0; i < b->n; i++) {
+        const int q = b->context_of[i];
+        const int32_t keys = b->context_ptr[q + 1] - b->context_ptr[q] + b->local_ptr[i + 1] - b->local_ptr[i];
+        for (int32_t r = b->run_ptr[i], before = 0; r < b->run_ptr[i + 1]; before = b->run_start[r++])
+            if (b->run_start[r] < before || b->run_start[r] > keys || b->run_at[r] < 0 ||
+                (r == b->run_ptr[i] && b->run_start[r])) return 7;
+    }
+    return outside(b->run_at, b->n_runs, m->angles);
+}
+
 /* Sets the pointers to the integer arrays. 0, or what is wrong: 1 a position beyond the angles, 2 a token, 3 a slot,
-   4 a context, 5 a local, logit or embedding row, 6 an entry. */
+   4 a context, 5 a local, logit or embedding row, 6 an entry, 7 a run. */
 static int open_batch(const Model *m, Batch *b) {
     const int64_t n = b->n;
     b->positions = b->ints, b->slots = b->positions + n, b->context_of = b->slots + n;
@@ -248,7 +262,7 @@ static int open_batch(const Model *m, Batch *b) {
     if (bad_entries(m, b)) return 6;
     for (int64_t i = 0; i < n; i++)
         if ((b->tokens[i] < 0 || b->tokens[i] >= m->V) && given(b, i) < 0) return 2;
-    return outside(b->positions, n, m->angles);
+    return outside(b->positions, n, m->angles) ? 1 : bad_runs(m, b);
 }
 
 /* Places of all buffers in one piece of memory; its size. */

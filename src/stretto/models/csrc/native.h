@@ -112,6 +112,8 @@ typedef struct { /* FlatBatch of batch.py, and where its results go */
     float *const *taps; /* [layers + 2] of [n, H] or NULL; the last is the final-normed state */
     const Entry *entries; /* by layer; their rows are the last of the batch, in this order */
     const int32_t *positions, *slots, *context_of, *context_ptr, *local_ptr, *context, *local, *logit_rows, *embed_rows;
+    int64_t n_runs; /* 0: every query at its row's position. Else row i reads its list in the runs run_ptr[i].. of it: */
+    const int32_t *run_ptr, *run_start, *run_at; /* [n + 1]; the first key of a run, the query's position for it */
 } Batch;
 
 /* ---- vectors ---- */
