@@ -88,7 +88,7 @@ class Shared:
             session.evaluate(line)
         line.team = self.team
         job = (line, method, params)
-        (stream,) = session._submit([job])
+        (stream,) = session.submit([job])
         self._live[line] = (job, stream, stream.seq.prompt_len)
         self.team.size += 1
 
@@ -103,17 +103,18 @@ class Shared:
 
     def step(self) -> list[News]:
         """One forward; what it did for every writer."""
-        self.session.llm.engine.step()
+        self.session._step()
         self.session.usage.forwards += 1
         return self._news()
 
     async def astep(self) -> list[News]:
         """``step`` for asyncio: other sessions' rows share the forward, whoever runs it."""
-        before = [len(stream.seq.tokens) for _, stream, _ in self._live.values()]
+        engine = self.session.llm.engine
+        seen = engine.forwards
         await asyncio.sleep(0)
-        if before == [len(stream.seq.tokens) for _, stream, _ in self._live.values()]:
-            self.session.llm.engine.step()
-        self.session.usage.forwards += 1
+        if engine.forwards == seen:
+            self.session._step()
+        self.session.usage.forwards += engine.forwards - seen
         return self._news()
 
     def _news(self) -> list[News]:
@@ -122,7 +123,7 @@ class Shared:
             new = stream.seq.tokens[told:]
             done = None
             if stream.finish_reason is not None:
-                (done,) = self.session._collect([job], [stream])
+                (done,) = self.session.collect([job], [stream])
                 self._leave(line)
             else:
                 self._live[line] = (job, stream, told + len(new))
@@ -135,7 +136,7 @@ class Shared:
         """Stop everybody who writes; what was written stays."""
         for line, (job, stream, _) in list(self._live.items()):
             self.session.llm.engine.abort(stream)
-            self.session._collect([job], [stream])
+            self.session.collect([job], [stream])
             self._leave(line)
 
     def _leave(self, line: Thread) -> None:

@@ -11,7 +11,7 @@ import time
 import torch
 from torch import Tensor, nn
 
-from stretto.models.context import PackedContext
+from stretto.models.context import AttentionContext, PackedContext
 from stretto.models.moe import SparseMLP
 from stretto.models.transformer import Transformer
 
@@ -28,7 +28,8 @@ class PackedNet:
                 module.record = balance
         self._run = torch.compile(self._hidden, dynamic=False) if compiled else self._hidden
 
-    def hidden(self, tokens_bt: Tensor, positions_bt: Tensor, mask_btt: Tensor) -> Tensor:
+    def hidden(self, tokens_bt: Tensor, positions_bt: Tensor, mask_btt: Tensor | AttentionContext) -> Tensor:
+        """``mask_btt``: bool, or the attention context of all places."""
         return self._run(tokens_bt, positions_bt, mask_btt)
 
     def logits(self, hidden_kH: Tensor) -> Tensor:
@@ -37,9 +38,11 @@ class PackedNet:
     def balance(self) -> Tensor:
         return balance_loss(self.model)
 
-    def _hidden(self, tokens_bt: Tensor, positions_bt: Tensor, mask_btt: Tensor) -> Tensor:
+    def _hidden(self, tokens_bt: Tensor, positions_bt: Tensor, mask_btt: Tensor | AttentionContext) -> Tensor:
         b, t = tokens_bt.shape
-        ctx = PackedContext([t] * b, mask_btt, device=tokens_bt.device)
+        ctx = mask_btt
+        if isinstance(mask_btt, Tensor):
+            ctx = PackedContext([t] * b, mask_btt, device=tokens_bt.device)
         return self.model.hidden(tokens_bt.flatten(), positions_bt.flatten(), ctx).view(b, t, -1)
 
 

@@ -26,8 +26,8 @@ __all__ = [
 class Net(Protocol):
     """The part of a model that an objective needs."""
 
-    def hidden(self, tokens_bt: Tensor, positions_bt: Tensor, mask_btt: Tensor) -> Tensor:
-        """Final-normed states [b, t, H] of rows that see what the mask says."""
+    def hidden(self, tokens_bt: Tensor, positions_bt: Tensor, mask_btt: Any) -> Tensor:
+        """Final-normed states [b, t, H] of rows that see what the mask (or the attention context) says."""
         ...
 
     def logits(self, hidden_kH: Tensor) -> Tensor:

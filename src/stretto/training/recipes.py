@@ -29,7 +29,7 @@ class Recipe:
     purpose: str
     objective: Literal[
         "ar", "masked_diffusion", "block_diffusion", "jacobi_forcing", "tool_slots", "causal_recovery",
-        "structured_attention",
+        "structured_attention", "workers",
     ] = "ar"
     pages: Literal["workbook", "orchestra"] = "workbook"  # what plain next-token training reads
     base: str | None = None  # model whose weights it starts from
@@ -201,6 +201,11 @@ _ALL: tuple[AnyRecipe, ...] = (
         name="zoo-tiny-multiverse", purpose="writes independent parts of a solution in parallel, from zoo:tiny",
         objective="structured_attention", base="zoo:tiny", minutes=15, rows=3, length=600, lr=2e-3, adam_lr=2e-3,
         decay=0.6, weights={},
+    ),
+    Recipe(
+        name="zoo-tiny-hogwild", purpose="works with others on one live cache (Hogwild), from zoo:tiny",
+        objective="workers", base="zoo:tiny", minutes=15, rows=8, length=0, lr=2e-3, adam_lr=2e-3, decay=0.6,
+        weights={},
     ),
     Recipe(
         name="zoo-tiny-blocks-moe", purpose="block-causal masked diffusion, mixture of experts, from zoo:tiny-blocks",

@@ -43,6 +43,8 @@ from stretto.training.spans import StructuredAttention
 from stretto.training.tool_units import tool_data, write_slots
 from stretto.training.trainer import Record, TrainConfig, Trainer
 from stretto.training.trie import TrieLoss
+from stretto.training.worker_data import WorkerLoss, worker_data, worker_probe
+from stretto.training.worker_traces import write_texts
 from stretto.zoo import workbook
 from stretto.zoo.models import resolve
 
@@ -69,7 +71,7 @@ def run(
         steps=steps, minutes=minutes, seed=recipe.seed, lr=recipe.lr, adam_lr=recipe.adam_lr,
         warmup=recipe.warmup, decay=recipe.decay, average=recipe.average,
     )
-    match, tests = matcher(recipe, net), test_batches(recipe, 24 if recipe.causal else 2)
+    exact = prober(recipe, net)
     pools = Pools(recipe, model, work / "trajectories") if recipe.objective == "jacobi_forcing" else None
     pad = special_ids()["<|pad|>"]
     clock: list[Callable[[], float]] = []  # how far the training is, once there is a trainer
@@ -78,17 +80,18 @@ def run(
     elif recipe.objective == "structured_attention":
         data = parallel_data(recipe, lambda: clock[0](), pad_id=pad)
     else:
-        data = tool_data(recipe, pad_id=pad) if recipe.objective == "tool_slots" else data_of(recipe)
+        makers = {"tool_slots": partial(tool_data, pad_id=pad), "workers": worker_data}
+        data = makers.get(recipe.objective, data_of)(recipe)
     trainer = Trainer(
         model, net, objective_of(recipe), data, config, folder=work, device=device,
-        autocast=fast_dtype(device), callback=lambda t: {"exact": probe(match, tests) if device == "cpu" else {}},
+        autocast=fast_dtype(device), callback=lambda t: {"exact": exact(False) if device == "cpu" else {}},
     )
     clock.append(trainer.progress)
     if pools is not None:
         pools.progress = trainer.progress
     trainer.resume()
     record = watched(recipe.model, trainer, report)
-    return ship(recipe, trainer, record, out, match)
+    return ship(recipe, trainer, record, out, exact)
 
 
 def prepare(out: Path, resume: bool, threads: int | None, device: str) -> tuple[str, Path]:
@@ -121,16 +124,16 @@ def provenance(recipe: Any, trainer: Trainer, record: Record) -> dict[str, Any]:
     }
 
 
-def ship(recipe: Recipe, trainer: Trainer, record: Record, out: Path, match: Matcher) -> dict[str, Any]:
+def ship(
+    recipe: Recipe, trainer: Trainer, record: Record, out: Path, exact: Callable[[bool], dict[str, float]]
+) -> dict[str, Any]:
     """Write the rounded weights, tokenizer and ``training.json`` to ``out``; returns the latter's content."""
     model = trainer.model
     weights = {n: w.to(torch.bfloat16).to(w.dtype) for n, w in trainer.final_weights().items()}
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(weights[name])
-    exact = {}
-    if trainer.device.type == "cpu":
-        exact = probe(match, test_batches(recipe, 32 if recipe.causal else 4))
+    found = exact(True) if trainer.device.type == "cpu" else {}
     checkpoint.save(model, out, dtype=torch.bfloat16)
     if recipe.objective == "block_diffusion":  # where SDAR's own configs have it
         config = json.loads((out / checkpoint.CONFIG).read_text())
@@ -139,6 +142,8 @@ def ship(recipe: Recipe, trainer: Trainer, record: Record, out: Path, match: Mat
         write_slots(out)
     if recipe.objective == "structured_attention":
         write_parallel(out)
+    if recipe.objective == "workers":
+        write_texts(out)
     for file in TOKENIZER.iterdir():
         shutil.copy(file, out / file.name)
     for file in out.iterdir():
@@ -147,7 +152,7 @@ def ship(recipe: Recipe, trainer: Trainer, record: Record, out: Path, match: Mat
         "eos_token_id": model.config.eos_token_ids[0], "pad_token_id": model.config.pad_token_id, "do_sample": False,
     })
     about = provenance(recipe, trainer, record)
-    about["exact_after_rounding"] = {task: round(share, 3) for task, share in exact.items()}
+    about["exact_after_rounding"] = {task: round(share, 3) for task, share in found.items()}
     write_json(out / "training.json", about)
     return about
 
@@ -215,6 +220,8 @@ def objective_of(recipe: Recipe) -> Objective:
         plain = TrieLoss()
     elif recipe.objective == "structured_attention":
         plain = StructuredAttention()
+    elif recipe.objective == "workers":
+        plain = WorkerLoss(config_of(recipe))
     elif recipe.objective == "causal_recovery":
         plain = CausalRecovery(mask, recipe.block_size, end_id=special_ids()["<|im_end|>"])
     return Balanced(plain, recipe.balance) if recipe.experts else plain
@@ -268,6 +275,15 @@ def test_batches(recipe: Recipe, n: int) -> dict[str, PackedBatch]:
         )
         for task in workbook.TASKS
     }
+
+
+def prober(recipe: Recipe, net: PackedNet) -> Callable[[bool], dict[str, float]]:
+    """Shares of right tokens on test examples, by task; a final look (True) takes more of them."""
+    if recipe.objective == "workers":
+        return partial(worker_probe, net)
+    match = matcher(recipe, net)
+    sizes = {False: 24 if recipe.causal else 2, True: 32 if recipe.causal else 4}
+    return lambda final: probe(match, test_batches(recipe, sizes[final]))
 
 
 def matcher(recipe: Recipe, net: PackedNet) -> Matcher:
