@@ -92,9 +92,7 @@ def _reencode(parent: Thread, children: list[Thread], parting: list[int]) -> Non
 
 def _share(parent: Thread, children: list[Thread], parting: list[int]) -> None:
     """All rows are listed as they are; the line goes on behind the furthest position."""
-    session = parent.session
-    for thread in (parent, *children):
-        session.evaluate(thread)
+    parent.session.evaluate(parent, *children)
     ends = [len(c.tokens) + c.shift for c in children]
     for child in children:
         parent.view.join(child.view, child.start)
@@ -113,8 +111,7 @@ def _rotate(parent: Thread, children: list[Thread], parting: list[int]) -> None:
             f"keys of rope type {rotary.rope.type!r} cannot be turned (their frequencies depend on the length): "
             "join with share or reencode"
         )
-    for thread in (parent, *children):
-        session.evaluate(thread)
+    session.evaluate(parent, *children)
     for i, child in enumerate(children):
         old = child.view.slots[child.start : len(child.tokens)].copy()
         new = runner.alloc.alloc(len(old))

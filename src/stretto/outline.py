@@ -248,7 +248,9 @@ class Grammar:
             inside = len(stack) > 1
             if role == "open" and (self.tags.nested or top.path is None):
                 stack.append(_Frame(1))
-            elif inside and role == "path_open" and top.path is None:
+            elif inside and role == "path_open" and (top.path is None or self.tags.nested):
+                if top.path is not None:  # the path before was cut
+                    top.best = max(top.best, top.path)
                 top.path = 0 if tags_serial else 1
                 top.outside += tags_serial
             elif inside and role == "path_close" and top.path is not None:

@@ -299,10 +299,14 @@ class Session(Thread):
                 f"{more} more threads beside {living}: the session allows {self.max_threads} (max_threads)"
             )
 
-    def evaluate(self, thread: Thread) -> None:
-        """Cache every token of a thread now."""
-        if len(thread.view) < len(thread.tokens):
-            self.run([(thread, Feed(), SamplingParams(max_tokens=1))])
+    def evaluate(self, *threads: Thread) -> None:
+        """Cache every token of the threads now, in one forward."""
+        if jobs := self.pending(*threads):
+            self.run(jobs)
+
+    def pending(self, *threads: Thread) -> list[tuple[Thread, Any, SamplingParams]]:
+        """The jobs that ``evaluate`` runs."""
+        return [(t, Feed(), SamplingParams(max_tokens=1)) for t in threads if len(t.view) < len(t.tokens)]
 
     def run(self, jobs: list[tuple[Thread, Any, SamplingParams]]) -> list[Generated]:
         """Run all jobs (thread, method, parameters) in shared forwards."""
