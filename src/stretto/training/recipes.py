@@ -29,7 +29,7 @@ class Recipe:
     purpose: str
     objective: Literal[
         "ar", "masked_diffusion", "block_diffusion", "jacobi_forcing", "tool_slots", "causal_recovery",
-        "structured_attention", "workers",
+        "structured_attention", "workers", "worked_steps",
     ] = "ar"
     pages: Literal["workbook", "orchestra"] = "workbook"  # what plain next-token training reads
     base: str | None = None  # model whose weights it starts from
@@ -206,6 +206,16 @@ _ALL: tuple[AnyRecipe, ...] = (
         name="zoo-tiny-hogwild", purpose="works with others on one live cache (Hogwild), from zoo:tiny",
         objective="workers", base="zoo:tiny", minutes=15, rows=8, length=0, lr=2e-3, adam_lr=2e-3, decay=0.6,
         weights={},
+    ),
+    Recipe(
+        name="zoo-tiny-steps", purpose="solves word problems of many steps, corrects slips (ATTS), from zoo:tiny",
+        objective="worked_steps", base="zoo:tiny", minutes=10, rows=6, length=400, lr=2e-3, adam_lr=2e-3, warmup=20, decay=0.6,
+        weights={},
+    ),
+    Recipe(
+        name="zoo-tiny-steps-draft", purpose="the cheap half of zoo:tiny-steps, right less often, from zoo:tiny-draft",
+        objective="worked_steps", base="zoo:tiny-draft", hidden=96, layers=2, heads=3, kv_heads=1, ffn=256, minutes=4,
+        rows=6, length=400, lr=3e-3, adam_lr=3e-3, warmup=20, decay=0.6, weights={},
     ),
     Recipe(
         name="zoo-tiny-blocks-moe", purpose="block-causal masked diffusion, mixture of experts, from zoo:tiny-blocks",

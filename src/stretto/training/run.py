@@ -40,6 +40,7 @@ from stretto.training.recipes import Recipe
 from stretto.training.recorded import Pools, recorded_data
 from stretto.training.recovery import CausalRecovery
 from stretto.training.spans import StructuredAttention
+from stretto.training.step_units import step_data
 from stretto.training.tool_units import tool_data, write_slots
 from stretto.training.trainer import Record, TrainConfig, Trainer
 from stretto.training.trie import TrieLoss
@@ -57,6 +58,7 @@ CONTEXT = 1024  # positions of every model of the zoo
 POOL = 1024  # examples packed together
 CANVAS = 128  # longest answer region that a full-attention model is trained to fill
 TOKENIZER = workbook.TOKENIZER.parent
+TRIES = {"tool_slots": tool_data, "worked_steps": step_data}  # objectives on packed tries -> their data
 
 
 def run(
@@ -80,7 +82,7 @@ def run(
     elif recipe.objective == "structured_attention":
         data = parallel_data(recipe, lambda: clock[0](), pad_id=pad)
     else:
-        makers = {"tool_slots": partial(tool_data, pad_id=pad), "workers": worker_data}
+        makers = {name: partial(make, pad_id=pad) for name, make in TRIES.items()} | {"workers": worker_data}
         data = makers.get(recipe.objective, data_of)(recipe)
     trainer = Trainer(
         model, net, objective_of(recipe), data, config, folder=work, device=device,
@@ -216,7 +218,7 @@ def objective_of(recipe: Recipe) -> Objective:
         plain = BlockDiffusion(mask, recipe.block_size)
     elif recipe.objective == "jacobi_forcing":
         plain = JacobiForcing(recipe.ar_weight)
-    elif recipe.objective == "tool_slots":
+    elif recipe.objective in TRIES:
         plain = TrieLoss()
     elif recipe.objective == "structured_attention":
         plain = StructuredAttention()

@@ -46,6 +46,8 @@ _ALL = (
     ZooModel("tiny-jacobi", "autoregressive, distilled by Jacobi Forcing", "fixes several tokens a forward by itself"),
     ZooModel("tiny-tools", "autoregressive, with a stream for each field of a call", "calls functions in few forwards"),
     ZooModel("tiny-agents", "autoregressive, for tasks of several parts", "does one agent's part, leads, merges"),
+    ZooModel("tiny-steps", "autoregressive", "solves word problems of many steps", draft="tiny-steps-draft"),
+    ZooModel("tiny-steps-draft", "autoregressive", "the cheap half of tiny-steps, right less often"),
     ZooModel("tiny-blocks-moe", "masked diffusion, block-causal, mixture of experts", "shares experts in a block"),
     ZooModel("tiny-wedlm", "autoregressive and masked recovery, causal", "fills a window of masks in any order"),
     ZooModel("tiny-moe", "autoregressive, mixture of experts", "experts, placement, offload", draft="tiny-draft"),
