@@ -19,7 +19,7 @@ LIGHT = [
     ["train"],
     ["bench", "--help"],
 ]
-VERBS = "run chat bench eval tune train methods systems reproduce doctor".split()
+VERBS = "run chat bench eval tune scale train methods systems reproduce doctor".split()
 
 
 def invoke(*args):
@@ -74,6 +74,14 @@ def test_json_is_one_object(args, key):
         (["eval", "zoo:tiny", "--tasks", "foo"], 2, ["foo"]),
         (["train", "zoo-tinny"], 2, ["zoo-tinny", "zoo-tiny"]),
         (["tune", "zoo:tiny", "/nowhere.txt"], 2, ["/nowhere.txt"]),
+        (["scale"], 2, ["--questions"]),
+        (["scale", "x", "--questions", "steps:2"], 2, ["--questions"]),
+        (["scale", "--questions", "steps:x"], 2, ["steps:N"]),
+        (["scale", "--questions", "/nowhere.txt"], 2, ["/nowhere.txt"]),
+        (["scale", "x", "--alpha", "1.5"], 2, ["alpha", "0 to 1"]),
+        (["scale", "x", "--coverage", "conditional", "--alpha", "0.05"], 2, ["alpha (n + 1)", "0.059"]),
+        (["scale", "x", "--method", "atss"], 2, ["atss", "atts"]),
+        (["scale", "x", "--method", "sync", "--calibrate", "c.json"], 2, ["atts"]),
         (["doctor", "--threads", "0"], 2, ["threads"]),
     ],
     ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) else str(v),

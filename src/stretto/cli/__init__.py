@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from stretto import __version__
-from stretto.cli import bench, chat, doctor, evaluate, listing, reproduce, run, serve, train, tune
+from stretto.cli import bench, chat, doctor, evaluate, listing, reproduce, run, scale, serve, train, tune
 from stretto.cli.common import Group
 
 __all__ = ["app", "main"]
@@ -32,6 +32,7 @@ app.command("serve")(serve.serve)
 app.command("bench")(bench.bench)
 app.command("eval")(evaluate.evaluate)
 app.command("tune")(tune.tune)
+app.command("scale")(scale.scale)
 app.command("train")(train.train)
 app.command("methods")(listing.methods)
 app.command("systems")(listing.systems)

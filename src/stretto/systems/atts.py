@@ -6,6 +6,8 @@ SYSTEM = System(
     slug="atts",
     title="ATTS",
     room="threads",
+    parts=("stretto.threads.atts", "stretto.threads.conformal", "stretto.threads.homes", "stretto.training.step_units"),
+    command="stretto scale --method atts --draft zoo:tiny-steps-draft --target zoo:tiny-steps --questions steps:4",
     purpose=(
         "Gives many reasoning chains per question at little more than the draft's cost: the target "
         "scores chunks without a barrier and takes over a chosen share."

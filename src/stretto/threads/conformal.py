@@ -2,8 +2,8 @@
 
     p = (1 + #{i: s_i >= s}) / (n + 1),   reject iff p <= alpha          (higher scores are worse)
 
-If the n + 1 scores are exchangeable, P(reject) <= alpha, and it is floor(alpha (n + 1)) / (n + 1) where they are distinct;
-with random tie breaking p is uniform on the grid k / (n + 1). A test looks at nobody else, so nobody waits.
+If the n + 1 scores are exchangeable, P(reject) <= alpha, and it is floor(alpha (n + 1)) / (n + 1) where they are
+distinct; with random tie breaking p is uniform on the grid k / (n + 1). A test looks at nobody else, so nobody waits.
 (ATTS, arXiv 2509.15148; fixed sequences: conformalized ordinal classification, arXiv 2404.16610.)
 """
 
@@ -54,8 +54,8 @@ def check_alpha(alpha: float, n: int | None = None) -> None:
     if n is not None and alpha > 0 and alpha * (n + 1) < 1 - SLACK:
         least = math.ceil(1 / alpha - 1 - SLACK)
         raise InputError(
-            f"{n} calibration scores can never reject at alpha={alpha}: alpha (n + 1) must be at least 1; give at least "
-            f"{least} scores, or alpha from {math.ceil(1000 / (n + 1)) / 1000}"
+            f"{n} calibration scores can never reject at alpha={alpha}: alpha (n + 1) must be at least 1; give at "
+            f"least {least} scores, or alpha from {math.ceil(1000 / (n + 1)) / 1000}"
         )
 
 
@@ -112,8 +112,8 @@ class Calibration:
     """Scores that were set aside: a list a turn (or one for all turns), and what they were made with.
 
     ``fingerprint``: model pair, chunk length, template: a file made with others is refused. A turn without scores of
-    its own is judged by the nearest one that has some, which is said (``Verdict.calibrated``); with ``firsts`` all turns
-    are judged by the first, without a word, as the published code does.
+    its own is judged by the nearest one that has some, which is said (``Verdict.calibrated``); with ``firsts`` all
+    turns are judged by the first, without a word, as the published code does.
     """
 
     scores: Mapping[int, Seq[float]]
@@ -191,7 +191,8 @@ class Online:
     decision on it. Scores of later turns are no draws from the first turn's law, so each turn is its own judge.
 
     ``warm``: n0, scores that a reservoir must have; before, the nearest one that has them lends its own, and where
-    there is none nothing is rejected; such decisions are marked. ``window``: newest scores that count.
+    there is none nothing is rejected (but all at alpha = 1); such decisions are marked. ``window``: newest scores that
+    count.
     ``gamma`` > 0 moves the level, alpha <- alpha + gamma (target - rejected): it keeps the long-run rate without
     exchangeability (adaptive conformal inference). ``start``: scores by turn to begin with.
     """
@@ -221,8 +222,8 @@ class Online:
     def test(self, score: float, turn: int, u: float | None = None) -> Verdict:
         mine, lent = self._at(turn), self._lender(turn)
         if lent is None:
-            bad = self.alpha > 0 and not score < math.inf
-            verdict = Verdict(score, math.nan, mine.alpha, bad, len(mine.ordered), False)
+            reject = self.alpha >= 1 or (self.alpha > 0 and not score < math.inf)
+            verdict = Verdict(score, math.nan, mine.alpha, reject, len(mine.ordered), False)
         else:
             reject = rejects(lent.ordered, score, mine.alpha, u)
             p = p_value(lent.ordered, score, u)
