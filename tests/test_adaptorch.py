@@ -5,6 +5,8 @@ import itertools
 import json
 import random
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from hypothesis import given, settings
@@ -232,6 +234,25 @@ def test_groups_join_critical_pairs_and_stay_acyclic(drawn):
         assert len(groups) == n
     TaskGraph([SubTask(str(k), "") for k in range(len(groups))],  # refuses a cycle
               [Edge(str(a), str(b)) for a, b in {(of[u], of[v]) for u, v, _ in edges} if a != b])
+
+
+# Generated tasks
+
+@pytest.mark.parametrize("kind", orchestra.KINDS)
+def test_generated_calls_and_their_split(kind):
+    from stretto.training.agent_data import cases
+    from stretto.zoo import workbook
+
+    test = cases("test", kind, 20, 1)
+    assert test == cases("test", kind, 20, 1) and all(workbook._split(c.text) == "test" for c in test)
+    rng = random.Random(kind)
+    for case in cases("train", kind, 60, 1):
+        assert orchestra.valid(case, case.values) and workbook._split(case.text) == "train"
+        prompt, answer = orchestra.example(rng, case)
+        assert prompt.startswith(case.common + "\n") and answer and len(workbook.encode(
+            workbook.Example("", "", prompt, answer))[0]) < 420
+    assert Router().route(task_of(test[0])) == {
+        "wide": "parallel", "deep": "sequential", "layered": "hybrid", "dense": "hierarchical"}[kind]
 
 
 # Execution
@@ -464,6 +485,70 @@ def test_bad_options():
         Limits(max_live=0)
     with pytest.raises(OptionError, match="url"):
         Endpoint("localhost", "m")
+
+
+# Agents behind HTTP
+
+@pytest.fixture
+def server():
+    """An OpenAI-compatible server whose answers are set by the test: (status, body) by the user's text."""
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            status, answer = web.answer(body["messages"][0]["content"])
+            web.asked.append((self.path, self.headers.get("Authorization"), body))
+            data = json.dumps(answer).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args):
+            pass
+
+    web = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    web.asked, web.daemon_threads = [], True
+    threading.Thread(target=web.serve_forever, daemon=True).start()
+    yield web
+    web.shutdown()
+    web.server_close()
+
+
+def chat(text):
+    return 200, {"choices": [{"message": {"content": text}, "finish_reason": "stop"}],
+                 "usage": {"prompt_tokens": 5, "completion_tokens": 3}}
+
+
+def test_endpoints_play_agents_and_mix(server):
+    case = orchestra.case(random.Random(1), "layered")
+    helper, here = teacher(case), teacher(case)
+    server.answer = lambda text: chat(helper.answer(text.removeprefix(case.common + "\n")))
+    far = Endpoint(f"http://127.0.0.1:{server.server_port}/v1", "far", key="secret")
+    out = orchestrate(task_of(case), agents=[far, here])
+    assert out.ok and orchestra.valid(case, out.values) and out.evaluated is None
+    assert {c.agent for c in out.trace} == {far.name, "scripted"} and out.tokens == sum(c.completion_tokens for c in out.trace)
+    path, key, body = server.asked[0]
+    assert path == "/v1/chat/completions" and key == "Bearer secret" and body["model"] == "far"
+    assert body["messages"][0]["content"].startswith(case.common + "\n")
+
+
+@pytest.mark.parametrize("answers, tries, word", [
+    ([(503, {}), chat("a = 1")], 2, None), ([(400, {"error": "no such model"})], 1, "no such model"),
+    ([(200, {"choices": []})] * 2, 2, "no chat completion"), ([(500, {})] * 2, 2, "answered 500"),
+])
+def test_endpoints_that_fail(server, answers, tries, word):
+    left = list(answers)
+    server.answer = lambda text: left.pop(0)
+    far = Endpoint(f"http://127.0.0.1:{server.server_port}/v1", "far")
+    out = orchestrate(TaskGraph([SubTask("a", "find a")]), agents=[far], options=Options(limits=QUICK))
+    assert out.trace[0].tries == tries and out.ok == (word is None)
+    assert word is None or word in out.notes[0]
+
+
+def test_an_endpoint_that_is_not_there():
+    out = orchestrate(TaskGraph([SubTask("a", "find a")]), agents=Endpoint("http://127.0.0.1:9/v1", "x", timeout=2),
+                      options=Options(limits=Limits(retries=0, backoff=0)))
+    assert not out.ok and "cannot be asked" in out.notes[0]
 
 
 # Agents of one engine

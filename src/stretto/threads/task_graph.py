@@ -111,46 +111,45 @@ class TaskGraph:
             self.outputs = tuple(n.id for n, after in zip(self.nodes, self.succs, strict=True) if not after)
 
     def _link(self) -> None:
-        """Neighbours in the order of the nodes, whatever the order of the edges."""
-        n, pairs = len(self.nodes), set()
-        into: list[list[tuple[int, float]]] = [[] for _ in range(n)]
-        for e in self.edges:
-            for end in (e.source, e.target):
-                if end not in self.index:
-                    raise InputError(f"the edge {e.source!r} -> {e.target!r} names {end!r}, which is no sub-task")
-            if e.source == e.target:
-                raise InputError(f"sub-task {e.source!r} depends on itself")
-            if not 0 <= e.coupling <= 1:
-                raise OptionError("coupling", e.coupling, f"a number from 0 to 1 (edge {e.source!r} -> {e.target!r})")
-            u, v = self.index[e.source], self.index[e.target]
-            if (u, v) in pairs:
-                raise InputError(f"the edge {e.source!r} -> {e.target!r} is there twice")
-            pairs.add((u, v))
-            into[v].append((u, e.coupling))
+        n, index, seen = len(self.nodes), self.index, set()
         self.succs: list[list[tuple[int, float]]] = [[] for _ in range(n)]
-        for v in range(n):
-            for u, c in into[v]:
-                self.succs[u].append((v, c))
         self.preds: list[list[tuple[int, float]]] = [[] for _ in range(n)]
-        for u in range(n):
-            for v, c in self.succs[u]:
-                self.preds[v].append((u, c))
+        for e in self.edges:
+            u, v, c = index.get(e.source), index.get(e.target), e.coupling
+            if u is None or v is None:
+                lost = e.source if u is None else e.target
+                raise InputError(f"the edge {e.source!r} -> {e.target!r} names {lost!r}, which is no sub-task")
+            if u == v:
+                raise InputError(f"sub-task {e.source!r} depends on itself")
+            if not 0 <= c <= 1:
+                raise OptionError("coupling", c, f"a number from 0 to 1 (edge {e.source!r} -> {e.target!r})")
+            if u * n + v in seen:
+                raise InputError(f"the edge {e.source!r} -> {e.target!r} is there twice")
+            seen.add(u * n + v)
+            self.succs[u].append((v, c))
+            self.preds[v].append((u, c))
 
     def _sort(self) -> list[int]:
-        """Kahn's order, the first of the input first."""
+        """Topological order: by level, in a level as in the input, whatever the order of the edges. Sets ``level``."""
         missing = [len(p) for p in self.preds]
         ready = deque(i for i, m in enumerate(missing) if not m)
-        order: list[int] = []
+        self.level = [0] * len(missing)  # of each node the longest path that leads to it, in edges
+        found = 0
         while ready:
             u = ready.popleft()
-            order.append(u)
+            found, above = found + 1, self.level[u] + 1
             for v, _ in self.succs[u]:
                 missing[v] -= 1
+                self.level[v] = max(self.level[v], above)
                 if not missing[v]:
                     ready.append(v)
-        if len(order) < len(self.nodes):
+        if found < len(missing):
             raise InputError(f"the sub-tasks depend on each other in a circle: {' -> '.join(self._cycle(missing))}")
-        return order
+        layers: list[list[int]] = [[] for _ in range(1 + max(self.level))]
+        for i, depth in enumerate(self.level):
+            layers[depth].append(i)
+        self.width = [len(layer) for layer in layers]
+        return [i for layer in layers for i in layer]
 
     def _cycle(self, missing: list[int]) -> list[str]:
         """Ids along one cycle of the nodes that never became ready; each of them has such a predecessor."""
@@ -164,15 +163,6 @@ class TaskGraph:
         return [self.nodes[i].id for i in [at, *reversed(path[seen[at]:])]]
 
     @cached_property
-    def level(self) -> list[int]:
-        """Of each node the length of the longest path that leads to it, in edges."""
-        level = [0] * len(self.nodes)
-        for u in self.order:
-            for v, _ in self.succs[u]:
-                level[v] = max(level[v], level[u] + 1)
-        return level
-
-    @cached_property
     def remaining(self) -> list[float]:
         """Of each node the longest path from it to a sink by w, itself included: its priority."""
         out = [n.w for n in self.nodes]
@@ -182,12 +172,9 @@ class TaskGraph:
 
     @cached_property
     def measures(self) -> Measures:
-        width = [0] * (1 + max(self.level))
-        for depth in self.level:
-            width[depth] += 1
         couplings = [e.coupling for e in self.edges]
         return Measures(
-            len(self.nodes), len(couplings), max(width), max(self.remaining), len(width),
+            len(self.nodes), len(couplings), max(self.width), max(self.remaining), len(self.width),
             sum(couplings) / len(couplings) if couplings else 0.0,
         )
 

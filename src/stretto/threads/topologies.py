@@ -114,11 +114,12 @@ async def parallel(work: Work) -> None:
     """No agent reads more than the results of its direct predecessors."""
     graph = work.graph
     todo = work.todo(graph.order)
+    left = set(todo)
 
     async def one(i: int) -> None:
-        await work.do([i], [] if work.blind else [(u, False) for u, _ in graph.preds[i]])
+        await work.do([i], [] if work.blind else [(u, False) for u, _ in sorted(graph.preds[i])])
 
-    needs = {i: [] if work.blind else [u for u, _ in graph.preds[i] if u in set(todo)] for i in todo}
+    needs = {i: [] if work.blind else [u for u, _ in graph.preds[i] if u in left] for i in todo}
     await run_ready(needs, _priorities(graph, todo), one, max_live=work.desk.limits.max_live)
 
 
@@ -157,6 +158,7 @@ async def hierarchical(work: Work) -> None:
     """A lead plans, workers work, the lead reviews."""
     graph, desk = work.graph, work.desk
     todo = work.todo(graph.order)
+    left = set(todo)
     lead = await desk.ask(
         "lead", [], agent_text([work.text_of(i) for i in range(len(graph.nodes))], order=PLAN),
         tokens=desk.limits.call_tokens * max(1, len(graph.nodes) // 2),
@@ -164,9 +166,9 @@ async def hierarchical(work: Work) -> None:
     plan = "" if lead.error else lead.text
 
     async def one(i: int) -> None:
-        await work.do([i], [(u, True) for u, _ in graph.preds[i]], plan=plan, after=[lead.number])
+        await work.do([i], [(u, True) for u, _ in sorted(graph.preds[i])], plan=plan, after=[lead.number])
 
-    needs = {i: [u for u, _ in graph.preds[i] if u in set(todo)] for i in todo}
+    needs = {i: [u for u, _ in graph.preds[i] if u in left] for i in todo}
     await run_ready(needs, _priorities(graph, todo), one, max_live=desk.limits.max_live)
     await _review(work)
 
