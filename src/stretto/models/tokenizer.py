@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -263,7 +263,8 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
 
 
-def _render(template: str, **variables: Any) -> str:
+@lru_cache(maxsize=32)  # compiling a template takes as long as ten tokens of a small model
+def _compiled(template: str) -> Any:
     try:
         import jinja2
         from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -285,11 +286,17 @@ def _render(template: str, **variables: Any) -> str:
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
-        return environment.from_string(template).render(**variables)
+        return environment.from_string(template)
     except jinja2.TemplateSyntaxError as e:
         raise CheckpointError(
             f"the chat template has an error in line {e.lineno}: {e.message}"
         ) from e
+
+
+def _render(template: str, **variables: Any) -> str:
+    compiled = _compiled(template)
+    try:
+        return compiled.render(**variables)
     except Exception as e:  # anything that a template of another party may do
         raise PromptError(f"the chat template refuses these messages: {e}") from e
 

@@ -9,17 +9,25 @@ from __future__ import annotations
 
 import asyncio
 import random
+import shutil
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from stretto.engine.params import SamplingParams
+from stretto.llm import LLM
+from stretto.models import checkpoint
 from stretto.threads.orchestrate import Options, Orchestration, aorchestrate, call_bound, orchestrate
 from stretto.threads.routing import Router
 from stretto.threads.synthesis import Candidate, Verdict, arithmetic
 from stretto.threads.task_graph import Edge, SubTask, TaskGraph
 from stretto.training.agent_data import cases
+from stretto.zoo.models import resolve
 from stretto.zoo.pages.orchestra import KINDS, TaskCase, valid
 
 __all__ = ["MODEL", "anova", "measure", "rules", "task_of"]
@@ -79,6 +87,7 @@ def measure(llm: Any, quick: bool) -> dict[str, Any]:
         "arms": {arm: _summary(found, seconds[arm]) for arm, found in runs.items()},
         "gain": _gain(runs), "routing": _routing(), "ends": _ends(llm, tasks, 2 if quick else 6),
         "one step": _one_step(llm, 20 if quick else 100), "model's own graphs": _planned(llm, tasks, runs["auto"]),
+        **({} if quick else {"variance": spread(llm, 12)}),
         "tasks": n, "timed": timed, "seed": SEED, "model": MODEL,
     }
 
@@ -226,6 +235,27 @@ def _planned(llm: Any, tasks: Mapping[str, Sequence[TaskCase]], known: Sequence[
 
 def _shape(graph: TaskGraph) -> tuple[Any, ...]:
     return {n.id for n in graph.nodes}, {(e.source, e.target, e.coupling) for e in graph.edges}, graph.merge
+
+
+def relatives(folder: Path, n: int, noise: float, seed: int) -> Iterator[Path]:
+    """``n`` models near the one in ``folder``: noise of ``noise`` times each matrix's own spread on its weights. Each
+    is there until the next is asked for."""
+    for k in range(n):
+        model = checkpoint.load(folder, dtype="float32")
+        generator = torch.Generator().manual_seed(seed + k)
+        with torch.no_grad(), tempfile.TemporaryDirectory() as out:
+            for p in model.parameters():
+                if p.dim() > 1:
+                    p += noise * p.std() * torch.randn(p.shape, generator=generator)
+            shutil.copytree(folder, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+            checkpoint.save(model, out, dtype=torch.bfloat16)
+            yield Path(out)
+
+
+def spread(llm: Any, n: int) -> dict[str, float]:
+    """``anova`` over MODEL and two relatives of it."""
+    folder = resolve(llm.model_name)
+    return anova({"itself": llm} | {str(k): LLM(p) for k, p in enumerate(relatives(folder, 2, 0.03, SEED))}, n)
 
 
 def anova(models: Mapping[str, Any], n: int) -> dict[str, float]:

@@ -232,7 +232,7 @@ def _dense(rng: random.Random) -> TaskCase:
 
 def example(rng: random.Random, task: TaskCase) -> tuple[str, str]:
     """(prompt, answer) of one call that an orchestration of ``task`` may make, in any topology."""
-    form = rng.choices(("work", "many", "plan", "check", "said", "split"), (60, 11, 9, 7, 7, 6))[0]
+    form = rng.choices(("work", "many", "plan", "check", "said", "split"), (52, 20, 9, 7, 7, 5))[0]
     makers = {"work": _work, "many": _many, "plan": _plan, "check": _check, "said": _said, "split": _split}
     text, answer = makers[form](rng, task)
     return f"{task.common}\n{text}", answer
