@@ -162,6 +162,14 @@ def test_no_arguments_show_the_help():
     assert done.exit_code == 0 and "Usage: stretto" in done.stderr + done.stdout
 
 
+def test_every_method_is_described():
+    from stretto.decoding.registry import METHODS
+
+    for name, info in METHODS.items():
+        done = invoke("methods", name)
+        assert done.exit_code == 0 and all(f"-o {o.name}=" in done.stdout for o in info.options)
+
+
 def test_unexpected_errors_are_json_too(monkeypatch):
     import stretto.decoding.registry as registry
 

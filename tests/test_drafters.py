@@ -87,6 +87,12 @@ def test_drafts_equal_a_slow_computation(name, kind, options, slow, depth, backe
         while eng.busy:
             eng.step()
     assert streams[1].seq.metrics.cached_tokens
+    before = checked[0]
+    for text in (TEXT[::-1], [*TEXT, 3]):  # alone: chains in C, where there are some
+        eng.add(text, greedy(12, ignore_eos=True), method)
+        while eng.busy:
+            eng.step()
+    assert checked[0] > before + 20 and (backend == "torch" or name == "medusa" or method._chain is not None)
     assert checked[0] > 60 and checked[1] <= 1, checked  # one tie in float32 may fall the other way
 
 

@@ -56,7 +56,7 @@ def _public(info: Any) -> dict[str, Any]:
 
 def _bounds(option: Any) -> str:
     if option.choices:
-        return ", ".join(option.choices)
+        return ", ".join(map(str, option.choices))
     low = "" if option.low is None else f"from {option.low:g}"
     high = "" if option.high is None else f"to {option.high:g}"
     return f"{low} {high}".strip()

@@ -8,9 +8,10 @@ best paths share the budget ``tree_size``. version=1: arXiv 2405.00263, version=
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from stretto.decoding.ar import require_causal
 from stretto.decoding.companion import Companion
 from stretto.decoding.costs import Typical
-from stretto.decoding.guessing import Growth, Guide, Items, Offer, extra_of, grow, last_states
+from stretto.decoding.guessing import SURE, Growth, Guide, Items, Offer, extra_of, grow, last_states, least_gain
 from stretto.decoding.options import option
 from stretto.decoding.planner import room
 from stretto.engine.host import Host
@@ -85,6 +86,21 @@ class Clover:
             self._mlps = [runner.product(w.detach()) for w in part.weight]
         else:
             self._mlps = [runner.product(part.first.weight.detach()), runner.product(part.later.weight.detach())]
+        self._chain: Any = self._native_chain() if runner.native is not None and self._options.topk == 1 else None
+
+    def _native_chain(self) -> Any:
+        """The heads in C, for chains of a lone sequence; None without the tables."""
+        from stretto.models.native_heads import CloverChain
+
+        part, runner = self.part, self._host.runner
+        if self._table is None:
+            return None
+        mats = list(part.weight) if part.version == 1 else [part.first.weight, part.later.weight]
+        return CloverChain(
+            runner.native, runner.vocabulary, SURE, version=part.version, depth=self._depth, table=self._table,
+            norm=part.decoder.norm.weight, query=(part.decoder.q.weight, part.decoder.q.bias), mats=mats,
+            out_norm=part.norm.weight if part.version == 2 else None, eps=part.decoder.eps,
+        )
 
     def _of(self, tokens: Seq[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Vectors e [n, H] of tokens (normalised rows of W_LM), their keys, normalised, and values [n, A, D]."""
@@ -120,6 +136,8 @@ class Clover:
     def _draft(self, seqs: list[Sequence], depth: int) -> list[Offer]:
         """Trees for all sequences, one small batch a level."""
         o, rate = self._options, self.guide.trust.rate
+        if self._chain is not None and len(seqs) == 1:
+            return [self._lone(seqs, min(depth, o.tree_size, room(seqs[0])))]
         growths = [
             Growth(seq, rate, min(room(seq), o.tree_size), top_p=o.top_p, min_ratio=o.min_ratio) for seq in seqs
         ]
@@ -130,6 +148,14 @@ class Clover:
             advance=self._advance, level=self._level,
         )
         return [growth.offer() for growth in growths]
+
+    def _lone(self, seqs: list[Sequence], most: int) -> Offer:
+        """A chain for one sequence, without coming back here between the heads."""
+        (seq,), rate = seqs, self.guide.trust.rate
+        h0, start = self._augmented(seqs)[0], time.perf_counter()
+        tokens, sure = self._chain(seq.tokens[-1], h0, most, rate, least_gain(self.guide.planner, self._level))
+        self._level.learn((time.perf_counter() - start) / len(tokens))
+        return Offer.empty(seq).chain(tokens, sure, rate, most)
 
     def _augmented(self, seqs: list[Sequence]) -> Tensor:
         """h_0 [n, H] of every sequence's root: the augmenting block on the rows that it has not read."""

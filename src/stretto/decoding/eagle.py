@@ -8,8 +8,10 @@ best ``topk`` nodes of a level are expanded, and the best nodes of all levels ar
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ from stretto.decoding.ar import require_causal
 from stretto.decoding.companion import Companion
 from stretto.decoding.costs import Typical
 from stretto.decoding.drafting import Rows
-from stretto.decoding.guessing import Growth, Guide, Items, Offer, extra_of, grow
+from stretto.decoding.guessing import SURE, Growth, Guide, Items, Offer, extra_of, grow, least_gain
 from stretto.decoding.options import option
 from stretto.decoding.planner import room
 from stretto.engine.host import Host
@@ -63,6 +65,17 @@ class Eagle:
         self.extra = extra_of(adapter, host, self.taps, self.companion.runner)
         self.guide = Guide(host, adapter.statistics, options.depth, self.taps)
         self._level = Typical()
+        self._chain: Any = self._native_chain(part) if host.runner.native is not None and options.topk == 1 else None
+
+    def _native_chain(self, part: EagleLayer) -> Any:
+        """The layer in C, for chains of a lone sequence."""
+        from stretto.models.native_heads import EagleChain
+
+        runner = self._host.runner
+        return EagleChain(
+            runner.native, runner.vocabulary, SURE, layer=self.companion.runner.native, depth=self._options.depth,
+            entry=(part.fc.weight, part.fc.bias), normed=part.norm is not None,
+        )
 
     def admit(self, seq: Sequence) -> None:
         require_causal(self._host, self.name)
@@ -90,6 +103,8 @@ class Eagle:
         """Trees for all sequences, one forward of the layer a level."""
         options, companion = self._options, self.companion
         rate = self.guide.trust.rate
+        if self._chain is not None and len(seqs) == 1:
+            return [self._lone(seqs[0], min(depth, options.num_draft_tokens, room(seqs[0])))]
         growths = [Growth(seq, rate, min(room(seq), options.num_draft_tokens)) for seq in seqs]
         companion.begin()
         rows, features = [], []
@@ -108,6 +123,23 @@ class Eagle:
             topk=options.topk, beam=options.topk, advance=self._advance, level=self._level,
         )
         return [growth.offer() for growth in growths]
+
+    def _lone(self, seq: Sequence, most: int) -> Offer:
+        """A chain for one sequence, without coming back here between the levels."""
+        companion, rate = self.companion, self.guide.trust.rate
+        companion.begin()
+        text = companion.missing(seq)
+        rows = Rows([*text.tokens, seq.tokens[-1]], text.position, text.slots, text.context)
+        features = torch.cat(companion.features(seq, rows, self.taps), -1)
+        if self._mix is not None:
+            features = self._mix(features)
+        slots, start = np.concatenate([text.slots, companion.scratch(most)]), time.perf_counter()
+        tokens, sure = self._chain(
+            companion.runner.pool, text.context, rows.tokens, text.position, slots, features, rate,
+            least_gain(self.guide.planner, self._level),
+        )
+        self._level.learn((time.perf_counter() - start) / len(tokens))
+        return Offer.empty(seq).chain(tokens, sure, rate, most)
 
     def _advance(self, depth: int, items: Items, state: Tensor) -> tuple[Tensor, Tensor]:
         """The layer on rows of guesses: their features are the outputs of their parents."""

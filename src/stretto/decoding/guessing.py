@@ -28,7 +28,10 @@ from stretto.engine.runner import Runner
 from stretto.engine.types import Commit, Extra, Outcome, Sequence, Step
 from stretto.models.adapter import Adapter
 
-__all__ = ["Growth", "Guide", "Items", "Offer", "best_tokens", "extra_of", "grow", "key_of", "last_states"]
+__all__ = [
+    "SURE", "Growth", "Guide", "Items", "Offer", "best_tokens", "extra_of", "grow", "key_of", "last_states",
+    "least_gain",
+]
 
 SURE = (0.02, 0.08, 0.2, 0.4, 0.6, 0.8, 0.92, 0.98)  # borders of the classes of probabilities
 SHARE = (0.01, 0.05, 0.13, 0.3, 0.5, 0.7, 0.86, 0.95, 0.99)  # what each is worth at first
@@ -173,7 +176,6 @@ def grow(
     promises more tokens than plain decoding makes in the time of a ``level``, which is measured here.
     """
     items: Items = [(growth, 0) for growth in growths]
-    one = planner.target.one if planner.active and planner.target is not None else 0.0
     for d in range(1, depth + 1):
         start = time.perf_counter()
         tokens, sure = best_tokens(logits, topk)
@@ -183,13 +185,19 @@ def grow(
             rows[id(growth), node] = row
         if d == depth:
             return
-        least = level.value / one / len(growths) if one else 0.0
+        least = least_gain(planner, level) / len(growths)
         items = [(g, node) for g in growths for node in g.frontier(min(beam, g.limit), least)]
         if not items:
             return
         source = [rows[id(g), g.parent[node]] for g, node in items]
         state, logits = advance(d, items, state if source == list(range(len(state))) else state[source])
         level.learn(time.perf_counter() - start)
+
+
+def least_gain(planner: Planner, level: Typical) -> float:
+    """Tokens that plain decoding makes in the time of a level: a guess worth less is not expanded."""
+    one = planner.target.one if planner.active and planner.target is not None else 0.0
+    return level.value / one if one else 0.0
 
 
 def best_tokens(logits: Tensor, k: int) -> tuple[list[list[int]], list[list[float]]]:

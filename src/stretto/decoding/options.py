@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 def option(
     default: Any, help: str, *, low: float | None = None, high: float | None = None,
-    choices: tuple[str, ...] = (),
+    choices: tuple[Any, ...] = (),
 ) -> Any:
     """A dataclass field: its default, one line of help with the paper's symbol and unit, and what is allowed."""
     meta = {"help": help, "low": low, "high": high, "choices": choices}
@@ -44,7 +44,7 @@ def _value(name: str, value: Any, hint: Any, meta: Mapping[str, Any]) -> Any:
             return None
     value = _convert(name, value, kinds)
     if meta.get("choices") and value not in meta["choices"]:
-        raise OptionError(name, value, f"one of {', '.join(meta['choices'])}")
+        raise OptionError(name, value, f"one of {', '.join(map(str, meta['choices']))}")
     low, high = meta.get("low"), meta.get("high")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if (low is not None and value < low) or (high is not None and value > high):

@@ -23,9 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "Chain", "Layer", "Mat", "Model", "Team", "address", "array_address", "build", "team"]
+__all__ = [
+    "Batch", "Chain", "Features", "Guesses", "Heads", "Layer", "Mat", "Model", "Team", "address", "array_address",
+    "build", "team",
+]
 
-SOURCES = ("native.h", "linear.c", "half.c", "attention.c", "entries.c", "forward.c", "chain.c")
+SOURCES = ("native.h", "linear.c", "half.c", "attention.c", "entries.c", "forward.c", "chain.c", "heads.c")
 FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC")
 TUNE = ("-march=native", "-mcpu=native", "-O3")  # the first that the compiler takes
 
@@ -57,6 +60,16 @@ Batch = _struct(
 Chain = _struct(
     (LONG, "cached given most position classes"), (POINTER, "context slots tokens ints borders rates found"),
     (ctypes.c_float, "gain least"),
+)  # fmt: skip
+Guesses = _struct(
+    (LONG, "most known classes"), (POINTER, "head borders rates logits tokens sure"), (ctypes.c_float, "gain least"),
+)  # fmt: skip
+Heads = _struct(
+    (LONG, "version H A root"), (POINTER, "e keys values norm out_norm query mats work"),
+    (ctypes.c_float, "eps unused"),
+)  # fmt: skip
+Features = _struct(
+    (POINTER, "embed"), (LONG, "embed_bf16 normed"), (POINTER, "entry zeros features inputs x out final"),
 )  # fmt: skip
 
 

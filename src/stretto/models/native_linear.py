@@ -39,6 +39,8 @@ def library() -> tuple[Any, str | None]:
         ("halves", INT),
         ("forward", INT, POINTER, POINTER),
         ("chain", LONG, POINTER, POINTER, POINTER),
+        ("heads", LONG, POINTER, POINTER, POINTER),
+        ("features", LONG, POINTER, POINTER, POINTER, POINTER, POINTER),
         ("free", None, POINTER),
         ("linear", INT, POINTER, POINTER, POINTER, LONG, POINTER),
         ("argmax", None, POINTER, LONG, LONG, POINTER),

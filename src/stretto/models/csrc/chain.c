@@ -3,28 +3,9 @@
 
 int stretto_forward(Model *m, Batch *b);
 
-typedef struct { /* what Python fills in (Chain of native_library.py) */
-    int64_t cached, given, most, position, classes; /* position: of the first given token */
-    const int32_t *context, *slots; /* [cached], [given + most - 1]: slots of the rows, in order */
-    int64_t *tokens;                /* [given + most]: the given ones; the new ones are written behind them */
-    int32_t *ints;                  /* room for the integers of a batch of ``given`` rows over all keys */
-    const float *borders, *rates;   /* [classes - 1] ascending, [classes]; classes 0: no end by doubt */
-    int32_t *found;                 /* [most]: the class of each new token's probability */
-    float gain, least; /* ends behind the token with which gain * (product of its rates) * rate < least */
-} Chain;
-
-/* The probability of the best token of a row */
-static float sure(const float *row, int64_t n, float best) {
-    vf sum = splat(0.0f);
-    float tail = 0;
-    int64_t j = 0;
-    for (; j + VL <= n; j += VL) sum += vexp(load(row + j) - best);
-    for (; j < n; j++) tail += expf(row[j] - best);
-    return 1.0f / (sum_lanes(sum) + tail);
-}
-
-/* The batch of ``rows`` causal rows from token number ``at`` on, over everything before them */
-static void lay(Batch *b, const Chain *c, int64_t at, int64_t rows) {
+/* The batch of ``rows`` causal rows from token number ``at`` on, over everything before them; where its integers for
+   rows with logits begin, of which the last row is the only one */
+int32_t *lay_chain(Batch *b, const Chain *c, int64_t at, int64_t rows) {
     const int64_t keys = c->cached + at;
     int32_t *i = c->ints;
     b->n = rows, b->contexts = 1, b->n_context = keys, b->n_local = rows * (rows + 1) / 2, b->k = 1;
@@ -39,12 +20,13 @@ static void lay(Batch *b, const Chain *c, int64_t at, int64_t rows) {
     for (int64_t r = 0; r < rows; r++)
         for (int64_t j = 0; j <= r; j++) *i++ = (int32_t)j;
     *i = (int32_t)(rows - 1);
+    return i;
 }
 
 /* How many tokens were made, or -1 - code with the code of stretto_forward(), -1 - 0 for -1: out of memory. */
 int64_t stretto_chain(Model *m, Batch *b, Chain *c) {
     for (int64_t made = 0; made < c->most; made++) {
-        lay(b, c, made ? c->given + made - 1 : 0, made ? 1 : c->given);
+        lay_chain(b, c, made ? c->given + made - 1 : 0, made ? 1 : c->given);
         const int code = stretto_forward(m, b);
         if (code) return code < 0 ? -1 : -1 - code;
         const int64_t best = *b->best;

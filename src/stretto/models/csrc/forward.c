@@ -331,12 +331,7 @@ static int64_t largest(const float *row, int64_t columns) {
 void stretto_sure(const float *x, const int32_t *rows, int64_t n, int64_t columns, float *out) {
     for (int64_t i = 0; i < n; i++) {
         const float *row = x + rows[i] * columns, best = row[largest(row, columns)];
-        vf total = splat(0.0f);
-        float rest = 0;
-        int64_t j = 0;
-        for (; j + VL <= columns; j += VL) total += vexp(load(row + j) - best);
-        for (; j < columns; j++) rest += expf(row[j] - best);
-        out[i] = 1 / (sum_lanes(total) + rest);
+        out[i] = sure(row, columns, best);
     }
 }
 

@@ -279,3 +279,27 @@ void enter_rows(Run *r, int *phase, int thread, int layer, float *x);
 
 size_t attention_bytes(const Model *m, int64_t keys);
 void attention(Run *r, int *phase, int thread, int layer, float *qkv, float *out, void *scratch, int64_t keys);
+
+/* ---- chain.c, heads.c ---- */
+
+typedef struct { /* what Python fills in (Chain of native_library.py) */
+    int64_t cached, given, most, position, classes; /* position: of the first given token */
+    const int32_t *context, *slots; /* [cached], [given + most - 1]: slots of the rows, in order */
+    int64_t *tokens;                /* [given + most]: the given ones; the new ones are written behind them */
+    int32_t *ints;                  /* room for the integers of a batch of ``given`` rows over all keys */
+    const float *borders, *rates;   /* [classes - 1] ascending, [classes]; classes 0: no end by doubt */
+    int32_t *found;                 /* [most]: the class of each new token's probability */
+    float gain, least; /* ends behind the token with which gain * (product of its rates) * rate < least */
+} Chain;
+
+int32_t *lay_chain(Batch *b, const Chain *c, int64_t at, int64_t rows);
+
+/* The probability of the best token of a row */
+INLINE float sure(const float *row, int64_t n, float best) {
+    vf sum = splat(0.0f);
+    float tail = 0;
+    int64_t j = 0;
+    for (; j + VL <= n; j += VL) sum += vexp(load(row + j) - best);
+    for (; j < n; j++) tail += expf(row[j] - best);
+    return 1.0f / (sum_lanes(sum) + tail);
+}
