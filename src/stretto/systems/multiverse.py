@@ -1,11 +1,33 @@
 """Multiverse: what its paper claims."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
 from stretto.systems.types import Claim, System
+
+
+def evidence(quick: bool) -> Mapping[str, Any]:
+    """Held-out problems in parallel, step by step, and with the same blocks in line; the same weights, in turns."""
+    from stretto.bench.provenance import provenance
+    from stretto.llm import LLM
+    from stretto.threads.measure_multiverse import MODEL, measure
+
+    llm = LLM(MODEL, enable_prefix_caching=False)
+    return measure(llm, quick) | {"provenance": provenance(llm)}
+
 
 SYSTEM = System(
     slug="multiverse",
     title="Multiverse",
     room="threads",
+    parts=(
+        "stretto.outline", "stretto.session", "stretto.threads.multiverse", "stretto.threads.crew",
+        "stretto.training.spans", "stretto.training.curator", "stretto.training.parallel_units",
+    ),
+    command="stretto reproduce multiverse",
+    evidence=evidence,
     purpose=(
         "Lets a model write independent parts of its answer in parallel over one cache, and join "
         "them at no cost."

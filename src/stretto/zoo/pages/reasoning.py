@@ -94,7 +94,7 @@ def rows(rng: random.Random) -> Case:
     """Sums of the rows of a small table; the largest or smallest of them."""
     letters = "abcdef"[: rng.choice([3, 4, 4, 5])]
     width, word = rng.choice([4, 5, 6]), rng.choice(["Largest", "Smallest"])
-    table = {c: [rng.randint(2, 19) for _ in range(width)] for c in letters}
+    table = {c: rng.sample(range(2, 20), width) for c in letters}
     sums = {c: _chain(v) for c, v in table.items()}
     end, answer = _collect(word, [s for _, s in sums.values()])
     prompt = "\n".join([*(f"{c}: {_said(v)}" for c, v in table.items()), f"{word} sum of a row?"])
@@ -143,9 +143,11 @@ def tree(rng: random.Random, parts: int | None = None, width: int | None = None,
 
 
 def _numbers(rng: random.Random, word: str, width: int) -> list[int]:
+    if word != "Product":
+        return rng.sample(range(2, 20), width)
     while True:
-        out = [rng.randint(1, 4) if word == "Product" else rng.randint(2, 19) for _ in range(width)]
-        if word != "Product" or _tree(word, out)[1] <= 9:
+        out = [rng.randint(1, 4) for _ in range(width)]
+        if _tree(word, out)[1] <= 9:
             return out
 
 
@@ -172,7 +174,7 @@ def nested(rng: random.Random) -> Case:
         said.append(f"{region}:")
         inner, sums = [], []
         for letter in [next(letters) for _ in range(rng.randint(2, 3))]:
-            numbers = [rng.randint(2, 19) for _ in range(4)]
+            numbers = rng.sample(range(2, 20), 4)
             steps, total = _chain(numbers)
             said.append(f"{letter}: {_said(numbers)}")
             inner.append(Branch(letter, (steps,)))
