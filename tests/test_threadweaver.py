@@ -4,6 +4,7 @@ import http.server
 import itertools
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -11,12 +12,13 @@ from serving import Server
 from stretto import LLM, SamplingParams
 from stretto.errors import CapacityError, InputError, OptionError, UnsupportedError
 from stretto.models.tokenizer import Tokenizer
+from stretto.outline import THREADWEAVER, Grammar
 from stretto.threads import threadweaver
-from stretto.threads.machine import Format, Reply, Script, Spec, drive, machine
+from stretto.threads.machine import Reply, Script, Spec, drive, machine
 from stretto.threads.threadweaver import weave
 
-QUESTION = "Hugo has 3 apples. He buys 4 more and gives 2 away. How many are left?"
-OUTLINES = "<Goal><Outline>1: one</Outline><Outline>2: two</Outline><Outline>4.1: three</Outline>"
+QUESTION = "One box holds 3 nails, 4 bolts and 5 figs. How many things are in the box?"
+OUTLINES = "<Parallel><Goal><Outline>1: one</Outline><Outline>2: two</Outline><Outline>4.1: three</Outline>"
 GREEDY = SamplingParams(temperature=0.0)
 
 
@@ -27,18 +29,14 @@ def llm():
 
 def tags(llm, outlines, thread):
     """The real tags, but for what closes a list of outlines and a thread."""
-    real, one = Format.of(llm.tokenizer, llm.host.stop_ids), lambda text: llm.tokenizer.encode(text)[0]
-    return Format(
-        real.parallel, (real.outlines[0], one(outlines)), real.outline, (real.thread[0], one(thread)), real.ends,
-        llm.tokenizer,
-    )
+    return Grammar(replace(THREADWEAVER, goal_close=outlines, path_close=thread), llm.tokenizer.inner)
 
 
 @pytest.fixture(scope="module")
 def form(llm):
-    """A list of outlines stands in the prompt and every line's end "closes" it, a thread ends at a 4: so zoo:tiny, which
+    """A list of outlines stands in the prompt and every line's end "closes" it, a thread ends at a 5: so zoo:tiny, which
     was never trained for threads, opens blocks, joins them and goes on."""
-    return tags(llm, "\n", "4")
+    return tags(llm, "\n", "5")
 
 
 @pytest.fixture(scope="module")
@@ -48,25 +46,30 @@ def prompt(llm):
 
 def by_hand(llm, ids, f, limit, rounds):
     """The card's loop, written out with plain completions, one after the other."""
-    line, blocks = list(ids), 0
+    line, blocks, ends = list(ids), 0, llm.host.stop_ids
+    goal, close = f.ids["goal_close"], f.ids["path_close"]
     def ask(context, stop, room):
         params = SamplingParams(temperature=0.0, max_tokens=room, stop_token_ids=[stop])
         return llm.generate([context], params)[0].outputs[0].token_ids
     for _ in range(rounds):
-        line += ask(line, f.outlines[1], limit - len(line))
-        if line[-1] != f.outlines[1]:
+        line += ask(line, goal, limit - len(line))
+        if line[-1] != goal:
             return line[len(ids) :], blocks
-        heads = [f.head(n) for n in ("1", "2", "4.1")]
+        heads = [f.header(n) for n in ("1", "2", "4.1")]
         room = (limit - len(line) - sum(map(len, heads)) - 1) // 3 - 1
         if room < 1:
             return line[len(ids) :], blocks
-        texts = [ask([*line, *h], f.thread[1], room) for h in heads]
+        texts = [ask([*line, *h], close, room) for h in heads]
         blocks += 1
         for head, text in zip(heads, texts, strict=True):
-            line += head + (text if text[-1] == f.thread[1] else [t for t in text if t not in f.ends] + [f.thread[1]])
-        if any(t[-1] != f.thread[1] for t in texts):
-            return [*line, f.parallel[1]][len(ids) :], blocks
+            line += head + (text if text[-1] == close else [t for t in text if t not in ends] + [close])
+        if any(t[-1] != close for t in texts):
+            return [*line, f.ids["close"]][len(ids) :], blocks
     return line[len(ids) :], blocks
+
+
+def spec(llm, f, limit, **more):
+    return Spec(f, tuple(llm.host.stop_ids), limit, **more)
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +83,11 @@ def server():
 def test_in_engine_equals_the_hand_written_loop(prompt, backend):
     llm = LLM("zoo:tiny", dtype="float32", deterministic=True, backend=backend, enable_prefix_caching=False)
     ends, cases = set(), [
-        ("\n", "4", 120, 32), ("\n", ".", 120, 1), (" =", "\n", 55, 32), (" =", "\n", 120, 32), ("\n", "4", 40, 9),
+        ("\n", "5", 120, 32), ("\n", "5", 120, 1), ("\n", " +", 55, 32), ("\n", " =", 120, 32), ("\n", "5", 60, 9),
     ]  # fmt: skip
     for outlines, thread, most, rounds in cases if backend == "native" else cases[:1]:
         form = tags(llm, outlines, thread)
-        got = weave(llm, prompt, format=form, max_tokens=most, max_blocks=rounds)
+        got = weave(llm, prompt, grammar=form, max_tokens=most, max_blocks=rounds)
         want, blocks = by_hand(llm, prompt, form, len(prompt) + most, rounds)
         assert got.tokens == want and len(got.blocks) == blocks >= 1, (outlines, thread)
         assert len(got.tokens) <= most and set(got.blocks) == {3}
@@ -95,31 +98,32 @@ def test_in_engine_equals_the_hand_written_loop(prompt, backend):
 
 def test_http_equals_in_engine_token_by_token(llm, form, prompt, server):
     for most in (40, 120):
-        here = weave(llm, prompt, format=form, max_tokens=most)
-        there = weave(llm.tokenizer, prompt, format=form, max_tokens=most, backend=server.url)
+        here = weave(llm, prompt, grammar=form, max_tokens=most)
+        there = weave(llm.tokenizer, prompt, grammar=form, max_tokens=most, backend=server.url)
         assert here.tokens == there.tokens and here.pieces == there.pieces and here.blocks == there.blocks
-    plainly = weave(llm.tokenizer, QUESTION, backend=server.url + "/v1", max_tokens=12)  # the real tags: none is written
+    real = Grammar(THREADWEAVER, llm.tokenizer.inner)  # tiny writes none of its tags
+    plainly = weave(llm.tokenizer, QUESTION, grammar=real, backend=server.url + "/v1", max_tokens=12)
     alone = llm.generate([QUESTION], SamplingParams(temperature=0.0, max_tokens=12))[0].outputs[0]
     assert plainly.tokens == alone.token_ids and plainly.blocks == []
 
 
 def test_a_thread_sees_what_stands_before_its_block_and_no_sibling(llm, form, prompt):
     """Threads that are given other texts leave their siblings' tokens as they are, and the pieces say what each saw."""
-    got = weave(llm, prompt, format=form, max_tokens=120)
+    got = weave(llm, prompt, grammar=form, max_tokens=120)
     block = got.pieces[1:4]
-    stem = block[0].context[: -len(form.head("1"))]
+    stem = block[0].context[: -len(form.header("1"))]
     for piece, number in zip(block, ("1", "2", "4.1"), strict=True):
-        assert piece.context == [*stem, *form.head(number)]
-        params = SamplingParams(temperature=0.0, max_tokens=len(piece.ids), stop_token_ids=[form.thread[1]])
+        assert piece.context == [*stem, *form.header(number)]
+        params = SamplingParams(temperature=0.0, max_tokens=len(piece.ids), stop_token_ids=[form.ids["path_close"]])
         assert llm.generate([piece.context], params)[0].outputs[0].token_ids == piece.ids
     assert got.pieces[4].context[: len(stem)] == stem
     assert got.pieces[4].context[len(stem) :] == [t for p, n in zip(block, ("1", "2", "4.1"), strict=True)
-                                                   for t in [*form.head(n), *p.ids]]  # fmt: skip
+                                                   for t in [*form.header(n), *p.ids]]  # fmt: skip
 
 
 def test_the_threads_of_a_block_share_forwards_and_their_text(llm, form, prompt):
     quiet = LLM("zoo:tiny", dtype="float32", deterministic=True, enable_prefix_caching=False)
-    got = weave(quiet, prompt, format=form, max_tokens=120, max_blocks=1)
+    got = weave(quiet, prompt, grammar=form, max_tokens=120, max_blocks=1)
     line, *threads = got.pieces
     u = got.usage
     assert u.forwards <= 1 + len(line.ids) + 1 + max(len(t.ids) for t in threads)
@@ -129,39 +133,36 @@ def test_the_threads_of_a_block_share_forwards_and_their_text(llm, form, prompt)
 
 
 def test_samples_repeat_by_seed_and_siblings_draw_their_own(llm, form, prompt):
-    draw = lambda seed: weave(llm, prompt, SamplingParams(temperature=1.5, seed=seed), format=form, max_tokens=100)
+    draw = lambda seed: weave(llm, prompt, SamplingParams(temperature=1.5, seed=seed), grammar=form, max_tokens=100)
     a, b, c = draw(1), draw(1), draw(2)
     assert a.tokens == b.tokens != c.tokens
-    twins = "<Parallel><Goal><Outline>1: x</Outline><Outline>2: x</Outline>,"
-    same = machine(llm.tokenizer.encode(QUESTION + twins), Spec(form, 300))
-    ask = next(same)
-    ask = same.send([Reply([form.outlines[1]], "stop")])
-    assert len(ask.heads) == 2
+    a, b = c.pieces[1].ids, c.pieces[2].ids
+    assert a[: len(b)] != b[: len(a)], "heads 1 and 2 alone hardly tell the texts apart at this temperature"
 
 
 def test_the_share_join_forces_the_end_of_the_block(llm, form, prompt):
-    shared = weave(llm, prompt, format=form, max_tokens=120, join="share", max_blocks=2)
-    usual = weave(llm, prompt, format=form, max_tokens=120, max_blocks=2)
+    shared = weave(llm, prompt, grammar=form, max_tokens=120, join="share", max_blocks=2)
+    usual = weave(llm, prompt, grammar=form, max_tokens=120, max_blocks=2)
     n = len(usual.pieces[0].ids) + sum(len(p.context) - len(prompt) - len(usual.pieces[0].ids) + len(p.ids)
                                        for p in usual.pieces[1:4])  # fmt: skip
-    assert shared.tokens[:n] == usual.tokens[:n] and shared.tokens[n] == form.parallel[1]
+    assert shared.tokens[:n] == usual.tokens[:n] and shared.tokens[n] == form.ids["close"]
 
 
 def ids_of(llm, text):
     return llm.tokenizer.encode(text)
 
 
-def scripted(llm, replies, **spec):
+def scripted(llm, replies, **more):
     """What the machine makes of given replies (texts, lists of texts for a block)."""
-    real = Format.of(llm.tokenizer, llm.host.stop_ids)
-    work = machine(ids_of(llm, "Q"), Spec(real, **{"limit": 500} | spec))
+    real = Grammar(THREADWEAVER, llm.tokenizer.inner)
+    work = machine(ids_of(llm, "Q"), Spec(real, tuple(llm.host.stop_ids), **{"limit": 500} | more))
     asks = []
     try:
         ask = next(work)
         for texts in replies:
             asks.append(ask)
             made = [ids_of(llm, t) for t in ([texts] if isinstance(texts, str) else texts)]
-            ends = {*real.ends, *ask.stops}
+            ends = {*llm.host.stop_ids, *ask.stops}
             ask = work.send([Reply(i, "stop" if i[-1] in ends else "length") for i in made])
     except StopIteration as end:
         return end.value, asks
@@ -170,31 +171,33 @@ def scripted(llm, replies, **spec):
 
 def test_states_by_hand(llm):
     got, asks = scripted(llm, [
-        "a<Parallel><Goal><Outline>1: x</Outline><Outline>2.1: y</Outline></Goal>", [" b</Path>", " c <Goal></Path>"],
+        "a<Parallel><Goal><Outline>1: x</Outline><Outline>2.1: y</Outline></Goal>", [" b<|/thread|>", " c <Goal><|/thread|>"],
         "</Parallel> d<|im_end|>",
     ])  # fmt: skip
     text = llm.tokenizer.decode(got.tokens, skip_special_tokens=False)
-    assert text == ("a<Parallel><Goal><Outline>1: x</Outline><Outline>2.1: y</Outline></Goal><Path>1: b</Path>"
-                    "<Path>2.1: c <Goal></Path></Parallel> d<|im_end|>")  # fmt: skip
+    assert text == ("a<Parallel><Goal><Outline>1: x</Outline><Outline>2.1: y</Outline></Goal><|thread|>1: b<|/thread|>"
+                    "<|thread|>2.1: c <Goal><|/thread|></Parallel> d<|im_end|>")  # fmt: skip
     assert (got.finish_reason, got.blocks, got.notes) == ("stop", [2], [])
     assert [len(a.heads) for a in asks] == [1, 2, 1] and [a.joined for a in asks] == [False, False, True]
-    cut, _ = scripted(llm, ["<Goal><Outline>1: x</Outline></Goal>", [" b<|im_end|>"]])
-    assert llm.tokenizer.decode(cut.tokens, skip_special_tokens=False).endswith("</Goal><Path>1: b</Path></Parallel>")
+    one = "<Parallel><Goal><Outline>1: x</Outline></Goal>"
+    cut, _ = scripted(llm, [one, [" b<|im_end|>"]])
+    assert llm.tokenizer.decode(cut.tokens, skip_special_tokens=False).endswith("<|thread|>1: b<|/thread|></Parallel>")
     assert cut.finish_reason == "stop" and "did not end by itself" in cut.notes[0]
-    long, _ = scripted(llm, ["<Goal><Outline>1: x</Outline></Goal>", [" b b b"]])
+    long, _ = scripted(llm, [one, [" b b b"]])
     assert long.finish_reason == "length" and long.tokens[-1] == llm.tokenizer.token_id("</Parallel>")
 
 
 def test_lists_that_cannot_be_followed_stay_in_sequence_and_say_so(llm):
-    again, asks = scripted(llm, ["<Goal><Outline>1: x</Outline><Outline>1: x</Outline></Goal>", ["</Path>"], "<|im_end|>"])
-    assert again.blocks == [1] and "repeated" in again.notes[0]
-    none, asks = scripted(llm, ["<Goal>1: x</Goal>", "<|im_end|>"])
-    assert none.blocks == [] and "no numbers" in none.notes[0] and len(asks) == 2
-    three = "<Goal>" + "".join(f"<Outline>{i}: x</Outline>" for i in range(3)) + "</Goal>"
-    many, _ = scripted(llm, [three, "<|im_end|>"], max_threads=2)
-    assert many.blocks == [] and "at most 2 threads" in many.notes[0]
-    lonely, _ = scripted(llm, ["</Goal>", "<|im_end|>"])
-    assert lonely.blocks == []
+    three = "<Parallel><Goal>" + "".join(f"<Outline>{i}: x</Outline>" for i in range(3)) + "</Goal>"
+    for texts, words, more in [
+        ("<Parallel><Goal><Outline>1: x</Outline><Outline>1: x</Outline></Goal>", "two outlines have the number 1", {}),
+        ("<Parallel><Goal><Outline>x</Outline></Goal>", "no number", {}),
+        ("<Parallel><Goal>1: x</Goal>", "without an outline", {}),
+        ("</Goal>", "outside a block", {}),
+        (three, "at most 2 threads", {"max_threads": 2}),
+    ]:
+        got, asks = scripted(llm, [texts, "<|im_end|>"], **more)
+        assert got.blocks == [] and words in got.notes[0] and len(asks) == 2 and got.finish_reason == "stop"
     full, _ = scripted(llm, ["a" * 8 + three], limit=25)
     assert full.finish_reason == "length"
     for bad in ({"max_threads": 0}, {"max_blocks": 0}, {"max_threads": True}):
@@ -204,12 +207,12 @@ def test_lists_that_cannot_be_followed_stay_in_sequence_and_say_so(llm):
 
 def test_an_answer_read_back_gives_its_own_pieces(llm, form, prompt):
     """The units of training are what the machine generated, whichever way they are got."""
-    got = weave(llm, prompt, format=form, max_tokens=120)
-    again = drive(machine(prompt, Spec(form, len(prompt) + 120)), Script(prompt, got.tokens, form.ends))
+    got = weave(llm, prompt, grammar=form, max_tokens=120)
+    again = drive(machine(prompt, spec(llm, form, len(prompt) + 120)), Script(prompt, got.tokens, llm.host.stop_ids))
     assert got.finish_reason == "stop" and again.tokens == got.tokens and again.pieces == got.pieces
-    broken = [t for t in got.tokens if t != form.thread[0]]
+    broken = [t for t in got.tokens if t != form.ids["path_open"]]
     with pytest.raises(InputError, match="no thread with head"):
-        drive(machine(prompt, Spec(form, len(prompt) + 120)), Script(prompt, broken, form.ends))
+        drive(machine(prompt, spec(llm, form, len(prompt) + 120)), Script(prompt, broken, llm.host.stop_ids))
 
 
 def test_a_failure_under_way_is_answered_by_one_plain_completion(llm, form, prompt, monkeypatch):
@@ -219,7 +222,7 @@ def test_a_failure_under_way_is_answered_by_one_plain_completion(llm, form, prom
             raise CapacityError("no room")
         return real(self, ask)
     monkeypatch.setattr(threadweaver.Local, "ask", failing)
-    got = weave(llm, prompt, format=form, max_tokens=30)
+    got = weave(llm, prompt, grammar=form, max_tokens=30)
     alone = llm.generate([prompt], SamplingParams(temperature=0.0, max_tokens=30))[0].outputs[0].token_ids
     assert got.tokens == alone and got.blocks == [] and "no room" in got.notes[0]
     assert llm.runner.alloc.used <= (llm.engine.prefix.slots if llm.engine.prefix else 0)
@@ -255,29 +258,31 @@ class Fake(http.server.BaseHTTPRequestHandler):
     ({"finish_reason": "stop", "token_ids": lambda b: [b["stop_token_ids"][0], 9, b["stop_token_ids"][0]]}, "stop_token_ids"),
     ({"finish_reason": "length", "token_ids": [9], "prompt_token_ids": [1]}, "tokenized the prompt again"),
 ])  # fmt: skip
-def test_endpoints_of_texts_are_refused_with_advice(llm, choice, words):
+def test_endpoints_of_texts_are_refused_with_advice(llm, form, choice, words):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("F", (Fake,), {"choice": choice})) as fake:
         threading.Thread(target=fake.serve_forever, daemon=True).start()
         with pytest.raises(UnsupportedError, match=words) as error:
-            weave(llm.tokenizer, QUESTION, backend=f"http://127.0.0.1:{fake.server_address[1]}")
+            weave(llm.tokenizer, QUESTION, grammar=form, backend=f"http://127.0.0.1:{fake.server_address[1]}")
         assert "return_token_ids" in str(error.value)
         fake.shutdown()
 
 
-def test_wrong_requests_are_named(llm, tmp_path):
+def test_wrong_requests_are_named(llm, form, tmp_path):
     with pytest.raises(OptionError, match="join"):
         weave(llm, "x", join="rotate")
     with pytest.raises(OptionError, match="join"):
         weave(llm, "x", join="share", backend="http://127.0.0.1:9")
     with pytest.raises(OptionError, match="backend"):
-        weave(llm, "x", backend="ftp://somewhere")
+        weave(llm, "x", grammar=form, backend="ftp://somewhere")
     with pytest.raises(OptionError, match="timeout"):
         weave(llm, "x", timeout=3)
     with pytest.raises(OSError, match="refused"):
-        weave(llm.tokenizer, "x", backend="http://127.0.0.1:9")
+        weave(llm.tokenizer, "x", grammar=form, backend="http://127.0.0.1:9")
     for file in llm.tokenizer.path.glob("*token*.json"):
         (tmp_path / file.name).write_text(file.read_text().replace("</Goal>", "</Gaol>"))
-    with pytest.raises(UnsupportedError, match="no token </Goal>"):
-        weave(Tokenizer(tmp_path), "x", backend="http://127.0.0.1:9")
+    with pytest.raises(InputError, match="'</Goal>'.*add it as a special token"):
+        Grammar(THREADWEAVER, Tokenizer(tmp_path).inner)
+    with pytest.raises(UnsupportedError, match=r"parallel_tags\.json"):
+        weave(llm, "x")
     with pytest.raises(UnsupportedError, match="EOS"):
-        Format.of(llm.tokenizer, ())
+        Spec(form, (), 100)

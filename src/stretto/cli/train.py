@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from stretto.cli.common import Config, Json, Threads, emit, verb
+from stretto.errors import OptionError
 
 
 @verb
@@ -31,6 +32,9 @@ def train(
     seed: Annotated[
         int | None, typer.Option("--seed", help="Seed instead of the recipe's.")
     ] = None,
+    stage: Annotated[
+        str, typer.Option("--stage", help="Stages of a recipe that has them: sft, self, rl; comma-separated.")
+    ] = "",
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     threads: Threads = None,
     config: Config = None,
@@ -48,6 +52,8 @@ def train(
     found = find_recipe(recipe)
     if not as_json:
         typer.echo(f"stretto train {found.name}: {found.purpose}", err=True)
+    if stage and not hasattr(found, "stages"):
+        raise OptionError("stage", stage, f"nothing: {found.name} has one stage")
     result = run_recipe(
         found.name,
         out=out,
@@ -58,6 +64,7 @@ def train(
         threads=threads,
         device=device,
         base=base,
+        changes={"stages": tuple(stage.split(","))} if stage else None,
         report=(lambda record: None) if as_json else None,
     )
     folder = str(out or found.model)

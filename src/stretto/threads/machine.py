@@ -12,18 +12,14 @@ single tokens.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from stretto.errors import InputError, OptionError, UnsupportedError
+from stretto.outline import Grammar, StructureError
 
-__all__ = ["Ask", "Backend", "Format", "Piece", "Reply", "Script", "Spec", "Woven", "drive", "machine", "plain"]
-
-TAGS = ("Parallel", "Goal", "Outline", "Path")
-_NUMBER = re.compile(r"\s*(\d+(?:\.\d+)*)\s*:")
-
+__all__ = ["Ask", "Backend", "Piece", "Reply", "Script", "Spec", "Woven", "drive", "machine", "plain"]
 
 @dataclass(frozen=True, slots=True)
 class Ask:
@@ -79,36 +75,36 @@ Machine = Generator[Ask, Sequence[Reply], Woven]
 def machine(prompt: Sequence[int], spec: Spec) -> Machine:
     """The state machine. Yields what to complete, is sent the completions, returns the answer."""
     out = Woven(list(prompt))
-    f, line, joined = spec.format, list(prompt), False
+    ids, line, joined = spec.grammar.ids, list(prompt), False
     for _ in range(spec.max_blocks):
         room = spec.limit - len(line)
         if room < 1:
             out.finish_reason = "length"
             break
-        (reply,) = yield Ask(list(line), [[]], (f.outlines[1],), room, joined)
+        (reply,) = yield Ask(list(line), [[]], (ids["goal_close"],), room, joined)
         out.pieces.append(Piece(list(line), reply.ids))
         line += reply.ids
         joined = False
-        if reply.ids[-1] != f.outlines[1]:
+        if reply.ids[-1] != ids["goal_close"]:
             out.finish_reason = reply.reason
             break
         numbers = spec.numbers(line, out)
         if not numbers:
             continue
-        heads = [f.head(n) for n in numbers]
+        heads = [spec.grammar.header(n) for n in numbers]
         room = (spec.limit - len(line) - sum(map(len, heads)) - 1) // len(heads) - 1  # closers are kept free
         if room < 1:
             out.finish_reason = "length"
             break
-        replies = yield Ask(list(line), heads, (f.thread[1],), room)
+        replies = yield Ask(list(line), heads, (ids["path_close"],), room)
         out.blocks.append(len(heads))
         out.pieces += [Piece([*line, *h], r.ids) for h, r in zip(heads, replies, strict=True)]
-        whole = all(r.ids[-1] == f.thread[1] for r in replies)
+        whole = all(r.ids[-1] == ids["path_close"] for r in replies)
         for head, reply in zip(heads, replies, strict=True):
-            line += [*head, *_closed(reply.ids, f)]
+            line += [*head, *spec.closed(reply.ids)]
         if not whole:
             out.note("a thread did not end by itself: it was closed, and the answer ends with its block")
-            line.append(f.parallel[1])
+            line.append(ids["close"])
             out.finish_reason = "length" if any(r.reason == "length" for r in replies) else "stop"
             break
         line += spec.parting
@@ -120,82 +116,45 @@ def machine(prompt: Sequence[int], spec: Spec) -> Machine:
     return out
 
 
-def _closed(ids: list[int], f: Format) -> list[int]:
-    """A thread's text, cut at a token that ends texts, and closed."""
-    if ids[-1] == f.thread[1]:
-        return ids
-    return [*(ids[:-1] if ids[-1] in f.ends else ids), f.thread[1]]
-
-
-@dataclass(frozen=True, slots=True)
-class Format:
-    """Token ids of the tags, (open, close) each; ``ends``: those that end a text."""
-
-    parallel: tuple[int, int]
-    outlines: tuple[int, int]
-    outline: tuple[int, int]
-    thread: tuple[int, int]
-    ends: tuple[int, ...]
-    tokenizer: Any = field(compare=False)
-
-    @classmethod
-    def of(cls, tokenizer: Any, ends: Sequence[int]) -> Format:
-        """Of a tokenizer that has every tag as one token. Raises UnsupportedError, naming the tag, for any other."""
-        if not ends:
-            raise UnsupportedError("the tokenizer has no token that ends a text (EOS): threads would never end")
-        ids = []
-        for tag in TAGS:
-            pair = tuple(tokenizer.token_id(t) for t in (f"<{tag}>", f"</{tag}>"))
-            for name, i in zip((f"<{tag}>", f"</{tag}>"), pair, strict=True):
-                if i is None:
-                    raise UnsupportedError(
-                        f"the tokenizer has no token {name}: add the tags {', '.join(TAGS)} as single tokens and train"
-                    )
-            ids.append(pair)
-        return cls(*ids, ends=tuple(ends), tokenizer=tokenizer)
-
-    def head(self, number: str) -> list[int]:
-        """What a thread begins with; forced, not generated."""
-        return [self.thread[0], *self.tokenizer.encode(f"{number}:", add_special_tokens=False)]
-
-
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """What the machine keeps to. ``limit``: longest line, prompt included; ``parting``: forced behind a join."""
+    """What the machine keeps to. ``ends``: ids that end a text; ``limit``: longest line, prompt included; ``parting``:
+    forced behind a join."""
 
-    format: Format
+    grammar: Grammar
+    ends: tuple[int, ...]
     limit: int
     max_threads: int = 8
     max_blocks: int = 32
     parting: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.ends:
+            raise UnsupportedError("the tokenizer has no token that ends a text (EOS): threads would never end")
         for name in ("max_threads", "max_blocks"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise OptionError(name, value, "a whole number from 1")
 
-    def numbers(self, line: Sequence[int], out: Woven) -> list[str]:
-        """The numbers of the outlines in the last list of ``line``, in order, each once; none where the list cannot be
-        followed, which ``out`` is told."""
-        f = self.format
-        ids = list(line[len(line) - 1 - line[::-1].index(f.outlines[0]) :]) if f.outlines[0] in line else []
-        found = []
-        while f.outline[0] in ids:
-            ids = ids[ids.index(f.outline[0]) + 1 :]
-            stop = next((i for i, t in enumerate(ids) if t in (*f.outline, *f.outlines)), len(ids))
-            number = _NUMBER.match(f.tokenizer.decode(ids[:stop]))
-            if number:
-                found.append(number[1])
-        once = list(dict.fromkeys(found))
-        if len(once) < len(found):
-            out.note("an outline's number was repeated: it has one thread")
-        if not once:
-            out.note("a list of outlines has no numbers: the text goes on in sequence")
-        if len(once) > self.max_threads:
-            out.note(f"{len(once)} outlines, at most {self.max_threads} threads (max_threads): goes on in sequence")
-            return []
-        return once
+    def numbers(self, line: Sequence[int], out: Woven) -> tuple[str, ...]:
+        """The numbers of the outlines that ``line`` ends with; none where they cannot be followed, which ``out`` is
+        told."""
+        try:
+            found = self.grammar.outlines(line)
+        except StructureError as error:
+            out.note(f"a list of outlines cannot be followed, the text goes on in sequence: {error}")
+            return ()
+        if len(found) > self.max_threads:
+            out.note(f"{len(found)} outlines, at most {self.max_threads} threads (max_threads): goes on in sequence")
+            return ()
+        return found
+
+    def closed(self, ids: list[int]) -> list[int]:
+        """A thread's text, cut at a token that ends texts, and closed."""
+        close = self.grammar.ids["path_close"]
+        if ids[-1] == close:
+            return ids
+        return [*(ids[:-1] if ids[-1] in self.ends else ids), close]
 
 
 def plain(prompt: Sequence[int], spec: Spec) -> Machine:

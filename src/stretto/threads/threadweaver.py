@@ -13,18 +13,19 @@ from typing import Any
 
 from stretto.engine.params import SamplingParams
 from stretto.errors import CapacityError, EngineError, OptionError
-from stretto.session import Children, Generated, Session
+from stretto.outline import Grammar, read_tags
+from stretto.session import Children, Generated, Thread
 from stretto.threads.endpoint import Endpoint
-from stretto.threads.machine import Ask, Format, Machine, Reply, Spec, Woven, drive, machine, plain
+from stretto.threads.machine import Ask, Machine, Reply, Spec, Woven, drive, machine, plain
 
-__all__ = ["aweave", "weave"]
+__all__ = ["Local", "adrive", "weave"]
 
 
 class Local:
-    """Forks of a session: all threads of a block in the same forwards, their common text evaluated once."""
+    """Forks of a thread of a session: all threads of a block in the same forwards, their common text evaluated once."""
 
-    def __init__(self, session: Session, params: SamplingParams, join: str, spec: Spec):
-        self.session, self.params, self.join = session, params, join
+    def __init__(self, thread: Thread, params: SamplingParams, join: str, spec: Spec):
+        self.thread, self.params, self.join = thread, params, join
         self.parting = list(spec.parting) or None
         self.children: Children | None = None
 
@@ -38,12 +39,12 @@ class Local:
         return self._replies(await threads.agen(params))
 
     def _ready(self, ask: Ask) -> tuple[Children, SamplingParams]:
-        session = self.session
+        thread = self.thread
         if ask.joined and self.children is not None:
-            session.join(self.children, self.join, separator=self.parting)
-        assert session.tokens == ask.context
-        self.children = session.fork(prefixes=ask.heads) if ask.heads != [[]] else None
-        return self.children or Children([session]), _bounded(self.params, ask)
+            thread.join(self.children, self.join, separator=self.parting)
+        assert thread.tokens == ask.context
+        self.children = thread.fork(prefixes=ask.heads) if ask.heads != [[]] else None
+        return self.children or Children([thread]), _bounded(self.params, ask)
 
     def _replies(self, outs: Sequence[Generated]) -> list[Reply]:
         return [Reply(o.token_ids, o.finish_reason or "length") for o in outs]
@@ -77,16 +78,16 @@ def _bounded(params: SamplingParams, ask: Ask) -> SamplingParams:
 def weave(
     llm: Any, prompt: str | Sequence[int], sampling_params: SamplingParams | None = None, *, max_tokens: int = 512,
     max_threads: int = 8, max_blocks: int = 32, backend: str = "local", join: str = "reencode",
-    format: Format | None = None, **address: Any,
+    grammar: Grammar | None = None, **address: Any,
 ) -> Woven:
     """Answer ``prompt`` in as many threads as the model opens. Greedy unless ``sampling_params`` say otherwise.
 
-    ``llm``: a model trained for it; where ``backend`` is the address of an endpoint of completions, a ``Tokenizer`` is
-    enough. ``max_tokens``: of the whole answer, all threads together. ``join``: "reencode" (what the model was trained
-    for), or "share" (local: no forward for the join, but other positions than in training). ``address``: ``model``,
-    ``api_key``, ``timeout``, ``max_model_len`` of the endpoint. A failure of engine or endpoint under way is answered
-    by one plain completion of the prompt, and noted. Raises OptionError, and UnsupportedError for a tokenizer without
-    the tags or an endpoint that does not keep token ids.
+    ``llm``: a model trained for it (``grammar``: of the tags beside its weights); where ``backend`` is the address of
+    an endpoint of completions, the model's ``Tokenizer`` is enough. ``max_tokens``: of the whole answer, all threads
+    together. ``join``: "reencode" (what the model was trained for), or "share" (local: no forward for the join, but
+    other positions than in training). ``address``: ``model``, ``api_key``, ``timeout``, ``max_model_len`` of the
+    endpoint. A failure of engine or endpoint under way is answered by one plain completion of the prompt, and noted.
+    Raises OptionError, and UnsupportedError for a tokenizer without the tags or an endpoint that does not keep ids.
     """
     if join not in ("reencode", "share"):
         raise OptionError("join", join, "reencode or share")
@@ -97,11 +98,13 @@ def weave(
         raise OptionError("join", join, "reencode where completions come from an endpoint")
     params = sampling_params or SamplingParams(temperature=0.0)
     tokenizer = getattr(llm, "tokenizer", llm)
-    form = format or Format.of(tokenizer, _ends(llm, tokenizer))
-    remote = None if local else Endpoint(backend, params, form.ends, **address)
+    grammar = grammar or Grammar(read_tags(tokenizer.path)[0], tokenizer.inner)
+    ends = _ends(llm, tokenizer)
+    remote = None if local else Endpoint(backend, params, ends, **address)
     longest = remote.max_model_len if remote else llm.max_model_len
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
-    spec = Spec(form, min(longest, len(ids) + max_tokens), max_threads, max_blocks, _parting(form, join))
+    parting = _parting(grammar, join)
+    spec = Spec(grammar, ends, min(longest, len(ids) + max_tokens), max_threads, max_blocks, parting)
     try:
         out = _run(machine(ids, spec), remote, llm, ids, params, join, spec)
     except (CapacityError, EngineError, OSError) as error:
@@ -111,17 +114,17 @@ def weave(
     return out
 
 
-def _ends(llm: Any, tokenizer: Any) -> Sequence[int]:
+def _ends(llm: Any, tokenizer: Any) -> tuple[int, ...]:
     """The ids that end a text: the engine's, or the tokenizer's own where there is no engine."""
     if hasattr(llm, "host"):
-        return llm.host.stop_ids
+        return tuple(llm.host.stop_ids)
     own = tokenizer.special_id("eos")
     return () if own is None else (own,)
 
 
-def _parting(form: Format, join: str) -> tuple[int, ...]:
+def _parting(grammar: Grammar, join: str) -> tuple[int, ...]:
     """Rows that are listed as they are have no law of what follows: the block's end is forced behind them."""
-    return (form.parallel[1],) if join == "share" else ()
+    return (grammar.ids["close"],) if join == "share" else ()
 
 
 def _run(
@@ -131,13 +134,5 @@ def _run(
         return drive(work, Remote(remote))
     with llm.session(ids, max_threads=spec.max_threads + 1) as session:
         out = drive(work, Local(session, params, join, spec))
-        out.usage = session.usage
-    return out
-
-
-async def aweave(llm: Any, ids: Sequence[int], params: SamplingParams, spec: Spec) -> Woven:
-    """``weave`` on our engine for asyncio: the threads of all answers under way share forwards. Errors are raised."""
-    with Session(llm, ids, max_threads=spec.max_threads + 1) as session:
-        out = await adrive(machine(ids, spec), Local(session, params, "reencode", spec))
         out.usage = session.usage
     return out

@@ -22,6 +22,7 @@ from torch import Tensor
 from stretto.errors import OptionError
 from stretto.models.transformer import Transformer
 from stretto.training.nets import PackedNet
+from stretto.training.optim import MuonAdamW
 from stretto.training.policy import Verifier, clipped, some, verdict, zscore
 from stretto.training.trie import TrieBatch, Unit, logps, pack_tries, size_of
 
@@ -118,7 +119,7 @@ def policy_loss(logp: Tensor, old: Tensor, gain: Tensor, against: Tensor, s: PGR
 
 def p_grpo(
     model: Transformer, prompts: Sequence[tuple[Sequence[int], Verifier]], settings: PGRPO, *, steps: int, roll: Roll,
-    pad_id: int, optimizer: torch.optim.Optimizer | None = None, clock: Callable[[], bool] | None = None,
+    pad_id: int, optimizer: MuonAdamW | None = None, clock: Callable[[], bool] | None = None,
     first: int = 0,
 ) -> Iterator[Step]:
     """Train ``model`` in place on prompts with verifiers of the answer's ids; yields after every step.
@@ -126,7 +127,7 @@ def p_grpo(
     ``clock`` false ends the run early; ``first``: number of the first step (a resumed run).
     """
     s = settings
-    optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=s.lr, weight_decay=0.0, betas=(0.9, 0.95))
+    optimizer = optimizer or MuonAdamW(model, lr=s.lr, adam_lr=s.lr, weight_decay=0.0, muon=False)
     for step in range(first, steps):
         if clock is not None and not clock():
             return
@@ -168,7 +169,7 @@ def _generated(taught: Sequence[Group]) -> int:
 
 
 def _update(
-    model: Transformer, optimizer: torch.optim.Optimizer, taught: list[Group], s: PGRPO, seen: Step, pad_id: int,
+    model: Transformer, optimizer: MuonAdamW, taught: list[Group], s: PGRPO, seen: Step, pad_id: int,
 ) -> None:
     """One pass over the batch, an update for each minibatch; the old law is that of the rollouts."""
     size, net = -(-len(taught) // s.updates), PackedNet(model)
@@ -179,7 +180,6 @@ def _update(
         with torch.no_grad():
             olds = [[logps(net, rows, _places(rows)) for rows in batch] for batch in batches]
     for part, batch, old in zip(parts, batches, olds, strict=True):
-        optimizer.zero_grad()
         for rows, before in zip(batch, old, strict=True):
             places = _places(rows)
             logp = logps(net, rows, places)
@@ -190,7 +190,7 @@ def _update(
             seen.clip_fraction += float(outside) / sum(map(len, batches))
         if batch:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            optimizer.step(1.0)
 
 
 def _places(rows: TrieBatch) -> Tensor:

@@ -18,7 +18,9 @@ from stretto.errors import UnknownNameError
 if TYPE_CHECKING:
     from stretto.training.trainer import Record
 
-__all__ = ["RECIPES", "DistillRecipe", "FilterRecipe", "PartRecipe", "Recipe", "find_recipe", "run_recipe"]
+__all__ = [
+    "RECIPES", "DistillRecipe", "FilterRecipe", "PartRecipe", "Recipe", "ThreadsRecipe", "find_recipe", "run_recipe",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +157,39 @@ class FilterRecipe:
         return self.name.removeprefix("zoo-")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThreadsRecipe:
+    """How a model that reasons in threads is made (``training/threads_run.py``). ``stages``: of sft, self and rl;
+    ``minutes``: of sft and self each; ``rl_minutes``, ``prompts``, ``rl_lr``, ``normalise``: of P-GRPO; ``new_tags``:
+    the base does not know the tags yet."""
+
+    name: str
+    purpose: str
+    base: str = "zoo:tiny"
+    new_tags: bool = True
+    stages: tuple[str, ...] = ("sft", "rl")
+    minutes: float = 12.0
+    rows: int = 3  # rows of a batch
+    length: int = 720  # places of a row
+    lr: float = 2e-3
+    adam_lr: float = 2e-3
+    warmup: int = 30  # steps
+    decay: float = 0.6  # last share of the budget, over which the rate falls to zero
+    average: float = 0.99  # decay of the averaged weights, which ship
+    rl_minutes: float = 8.0
+    prompts: int = 8  # of a step; 8 answers each
+    max_tokens: int = 320  # of an answer of the model's own
+    rl_lr: float = 1e-4
+    normalise: Literal["mean", "std"] = "mean"
+    seed: int = 0
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def model(self) -> str:
+        """The name of the model in the zoo."""
+        return self.name.removeprefix("zoo-")
+
+
 _MIX = {  # the tasks that are learnt late get a larger share
     "list_copy": 1.5, "list_reverse": 1, "list_sort": 1.5, "list_double": 1, "list_pairs": 0.6,
     "math_gains": 3, "math_price": 1.2, "math_boxes": 1.2, "json_call": 1, "json_batch": 0.4,
@@ -168,7 +203,7 @@ _LATE = {  # what a distilled model forgets first
     "table_where": 1.6,
 }
 
-AnyRecipe = Recipe | PartRecipe | DistillRecipe | FilterRecipe
+AnyRecipe = Recipe | PartRecipe | DistillRecipe | FilterRecipe | ThreadsRecipe
 _ALL: tuple[AnyRecipe, ...] = (
     Recipe(name="zoo-tiny", purpose="autoregressive, the target of every lossless method"),
     Recipe(
@@ -202,6 +237,7 @@ _ALL: tuple[AnyRecipe, ...] = (
         objective="structured_attention", base="zoo:tiny", minutes=15, rows=3, length=600, lr=2e-3, adam_lr=2e-3,
         decay=0.6, weights={},
     ),
+    ThreadsRecipe(name="zoo-tiny-threads", purpose="reasons in threads (ThreadWeaver), from zoo:tiny"),
     Recipe(
         name="zoo-tiny-hogwild", purpose="works with others on one live cache (Hogwild), from zoo:tiny",
         objective="workers", base="zoo:tiny", minutes=15, rows=8, length=0, lr=2e-3, adam_lr=2e-3, decay=0.6,
@@ -310,6 +346,7 @@ def run_recipe(
     from stretto.training.parts import run_part
     from stretto.training.run import run
     from stretto.training.self_distill import run_distill
+    from stretto.training.threads_run import run_threads
 
     recipe = replace(find_recipe(name), **dict(changes or {}))
     recipe = replace(recipe, seed=recipe.seed if seed is None else seed, base=str(base) if base else recipe.base)
@@ -317,7 +354,7 @@ def run_recipe(
         minutes = recipe.minutes
     makers: dict[type, Callable[..., dict[str, Any]]] = {
         Recipe: run, PartRecipe: run_part, DistillRecipe: run_distill,
-        FilterRecipe: run_filter,
+        FilterRecipe: run_filter, ThreadsRecipe: run_threads,
     }
     return makers[type(recipe)](
         recipe, Path(out or recipe.model), minutes=minutes, steps=steps, resume=resume, threads=threads,

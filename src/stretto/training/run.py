@@ -11,7 +11,7 @@ import os
 import platform
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -51,7 +51,7 @@ from stretto.zoo.models import resolve
 
 __all__ = [
     "build_model", "config_of", "documents", "objective_of", "prepare", "provenance", "run", "ship", "special_ids",
-    "watched", "write_json",
+    "watched", "write_json", "write_model",
 ]
 
 CONTEXT = 1024  # positions of every model of the zoo
@@ -131,12 +131,8 @@ def ship(
 ) -> dict[str, Any]:
     """Write the rounded weights, tokenizer and ``training.json`` to ``out``; returns the latter's content."""
     model = trainer.model
-    weights = {n: w.to(torch.bfloat16).to(w.dtype) for n, w in trainer.final_weights().items()}
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(weights[name])
+    write_model(model, trainer.final_weights(), out)
     found = exact(True) if trainer.device.type == "cpu" else {}
-    checkpoint.save(model, out, dtype=torch.bfloat16)
     if recipe.objective == "block_diffusion":  # where SDAR's own configs have it
         config = json.loads((out / checkpoint.CONFIG).read_text())
         write_json(out / checkpoint.CONFIG, config | {"block_size": recipe.block_size})
@@ -146,17 +142,27 @@ def ship(
         write_parallel(out)
     if recipe.objective == "workers":
         write_texts(out)
-    for file in TOKENIZER.iterdir():
-        shutil.copy(file, out / file.name)
     for file in out.iterdir():
         file.chmod(0o644)
-    write_json(out / checkpoint.GENERATION, {
-        "eos_token_id": model.config.eos_token_ids[0], "pad_token_id": model.config.pad_token_id, "do_sample": False,
-    })
     about = provenance(recipe, trainer, record)
     about["exact_after_rounding"] = {task: round(share, 3) for task, share in found.items()}
     write_json(out / "training.json", about)
     return about
+
+
+def write_model(model: Transformer, weights: Mapping[str, torch.Tensor], out: Path) -> None:
+    """Round ``weights`` to bfloat16, in ``model`` too, and write them with the zoo's tokenizer to ``out``."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(weights[name].to(torch.bfloat16).to(p.dtype))
+    checkpoint.save(model, out, dtype=torch.bfloat16)
+    for file in TOKENIZER.iterdir():
+        shutil.copy(file, out / file.name)
+    write_json(out / checkpoint.GENERATION, {
+        "eos_token_id": model.config.eos_token_ids[0], "pad_token_id": model.config.pad_token_id, "do_sample": False,
+    })
+    for file in out.iterdir():
+        file.chmod(0o644)
 
 
 def build_model(recipe: Recipe) -> Transformer:

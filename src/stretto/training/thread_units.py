@@ -1,0 +1,143 @@
+"""What teaches a model to reason in threads (ThreadWeaver): solutions as the state machine would get them.
+
+The user's turn says which way is wanted, as for Multiverse: step by step, in parallel, or nothing (the model decides).
+A trajectory is read back by the machine itself (``threads.machine.Script``): its pieces are the units, each behind what
+it saw; forced tokens and the second copies of threads in the joined text are context. Stage "sft" learns from the
+page's solutions, curated by rules; stage "self" from the model's own answers in threads that are well formed and right.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from stretto.engine.params import SamplingParams
+from stretto.models.transformer import Transformer
+from stretto.outline import THREADWEAVER, Grammar, StructureError
+from stretto.session import Session
+from stretto.threads.machine import Script, Spec, Woven, drive, machine
+from stretto.threads.threadweaver import Local, adrive
+from stretto.training.p_grpo import Rollout
+from stretto.training.parallel_units import MODES, grammar_of, pair_of
+from stretto.training.policy import Ground
+from stretto.training.trie import Unit
+from stretto.zoo import workbook
+from stretto.zoo.pages import reasoning
+
+__all__ = [
+    "SHARES", "TASKS", "cases", "own_answers", "prompt_of", "right", "roll_out", "rollout_of", "spec_of", "supervised",
+    "units_of",
+]
+
+
+def _rows(rng: random.Random) -> reasoning.Case:
+    """Tables of at most 16 numbers."""
+    while True:
+        case = reasoning.rows(rng)
+        if case.prompt.count(",") + case.prompt.count(":") <= 16:
+            return case
+
+
+TASKS: dict[str, Callable[[random.Random], reasoning.Case]] = {
+    "rows": _rows, "tree": lambda rng: reasoning.tree(rng, rng.choice([3, 4, 4]), 4, "Sum Max"),
+    "serial": reasoning.serial,
+}
+SHARES = {"rows": 1.0, "tree": 1.0, "serial": 0.4}
+WAYS = {"auto": 0.5, "parallel": 0.2, "sequential": 0.3}  # shares of the training mix
+
+
+def cases(split: str, n: int, seed: int, task: str | None = None) -> list[reasoning.Case]:
+    """``n`` different cases of a split, of one task or of all by ``SHARES``; the same for the same seed."""
+    rng, out = random.Random(f"{split}/threads/{task}/{seed}"), {}
+    names = [task] if task else list(TASKS)
+    while len(out) < n:
+        case = TASKS[rng.choices(names, [SHARES[t] for t in names])[0]](rng)
+        if workbook._split(case.prompt) == split:
+            out.setdefault(case.prompt, case)
+    return list(out.values())
+
+
+def prompt_of(case: reasoning.Case, way: str = "auto") -> list[int]:
+    """Ids of the user's turn, ready for an answer."""
+    return workbook.encode(workbook.Example("", "", case.prompt + MODES[way], ""))[0]
+
+
+def right(case: reasoning.Case, ids: Sequence[int]) -> bool:
+    """Whether an answer (of either way) ends with the right number."""
+    return reasoning.final(workbook._tokenizer().decode(list(ids), skip_special_tokens=True)) == case.answer
+
+
+def spec_of(prompt: Sequence[int], *, max_tokens: int = 400, max_threads: int = 8) -> Spec:
+    """The machine of the zoo's tags."""
+    end = workbook._tokenizer().token_to_id("<|im_end|>")
+    return Spec(grammar_of(THREADWEAVER), (end,), len(prompt) + max_tokens, max_threads)
+
+
+def units_of(prompt: Sequence[int], answer: Sequence[int]) -> list[Unit]:
+    """The units of a trajectory, the longest line first. Raises InputError for one that the machine would not write."""
+    spec = spec_of(prompt, max_tokens=len(answer) + 64)
+    got = drive(machine(prompt, spec), Script(prompt, answer, spec.ends))
+    return _units(got)
+
+
+def _units(got: Woven) -> list[Unit]:
+    units = [Unit([*p.context, *p.ids], len(p.context)) for p in got.pieces]
+    return sorted(units, key=lambda u: -len(u.tokens))
+
+
+def supervised(split: str, n: int, seed: int, way: str | None = None) -> list[list[Unit]]:
+    """``n`` examples of the page, in one way or in all by ``WAYS``: curated solutions in threads, and flat ones."""
+    rng, grammar = random.Random(f"ways/{seed}"), grammar_of(THREADWEAVER)
+    ways = [way] * n if way else rng.choices(list(WAYS), list(WAYS.values()), k=n)
+    return [units_of(*pair_of(c, w, grammar)) for c, w in zip(cases(split, n, seed), ways, strict=True)]
+
+
+def rollout_of(got: Woven, grammar: Grammar) -> Rollout:
+    """What P-GRPO wants of an answer."""
+    lengths = grammar.lengths(got.tokens, tags_serial=True)
+    try:
+        grammar.parse(got.tokens)
+        formed = True
+    except StructureError:
+        formed = False
+    return Rollout(
+        _units(got), got.tokens, lengths.total, lengths.longest, got.finish_reason == "stop", len(got.blocks), formed
+    )
+
+
+def roll_out(
+    model: Transformer, tokenizer: Any, prompts: Sequence[Sequence[int]], group: int, seed: int, *,
+    temperature: float = 1.0, max_tokens: int = 400,
+) -> list[list[Rollout]]:
+    """``group`` answers to each prompt through the state machine, all in the same forwards; a prompt is read once."""
+    ground = Ground(model, tokenizer, seqs=min(256, 4 * group * len(prompts)), slots=384)
+
+    async def one(thread: Any, spec: Spec, params: SamplingParams) -> Woven:
+        return await adrive(machine(thread.tokens, spec), Local(thread, params, "reencode", spec))
+
+    async def some(prompt: Sequence[int], number: int) -> list[Woven]:
+        spec, params = spec_of(prompt, max_tokens=max_tokens), SamplingParams(temperature=temperature, seed=number)
+        with Session(ground, prompt, max_threads=1 + group * (1 + spec.max_threads)) as session:
+            return await asyncio.gather(*(one(t, spec, params) for t in session.fork(group)))
+
+    async def everything() -> list[list[Woven]]:
+        return await asyncio.gather(*(some(p, (seed << 16) + i) for i, p in enumerate(prompts)))
+
+    grammar = grammar_of(THREADWEAVER)
+    return [[rollout_of(w, grammar) for w in answers] for answers in asyncio.run(everything())]
+
+
+def own_answers(
+    model: Transformer, tokenizer: Any, found: Sequence[reasoning.Case], seed: int, *, max_tokens: int = 400,
+) -> list[list[Unit]]:
+    """The units of the model's own answers in threads that are well formed, complete and right, one each at most."""
+    out = []
+    for i in range(0, len(found), 64):
+        batch = found[i : i + 64]
+        answers = roll_out(model, tokenizer, [prompt_of(c) for c in batch], 1, seed + i, max_tokens=max_tokens)
+        for case, (r,) in zip(batch, answers, strict=True):
+            if r.complete and r.formed and right(case, r.tokens):
+                out.append(list(r.units))
+    return out
