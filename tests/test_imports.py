@@ -24,6 +24,7 @@ ROWS = [  # from the top; a room may import what stands in later rows
     {"parallel"},
     {"models"},
     {"zoo"},
+    {"machine"},
     {"outline"},
     {"errors"},
 ]

@@ -8,18 +8,17 @@ import pytest
 import torch
 
 from stretto.errors import InputError, OptionError, StrettoError
+from stretto.machine import Script, drive, machine
 from stretto.models import checkpoint
 from stretto.models.context import plain_logits
-from stretto.models.tokenizer import Tokenizer
 from stretto.models.transformer import Transformer
 from stretto.outline import THREADWEAVER, read_tags
-from stretto.threads.machine import Script, drive, machine
 from stretto.training import thread_units as tu
 from stretto.training import threads_run
 from stretto.training.nets import PackedNet, initialise
 from stretto.training.parallel_units import grammar_of, pair_of
 from stretto.training.recipes import Recipe, run_recipe
-from stretto.training.run import TOKENIZER, config_of, write_model
+from stretto.training.run import config_of, write_model
 from stretto.training.trie import TrieLoss, logps, pack_tries
 from stretto.zoo import workbook
 
@@ -107,11 +106,11 @@ def test_the_account_agrees_with_another_reader(pairs):
 
 def test_rollouts_share_forwards_differ_and_are_what_the_machine_made(model):
     found = tu.cases("train", 2, 1)
-    groups = tu.roll_out(model, Tokenizer(TOKENIZER), [tu.prompt_of(c) for c in found], 3, 1, max_tokens=12)
+    groups = tu.roll_out(model, [tu.prompt_of(c) for c in found], 3, 1, max_tokens=12)
     assert [len(g) for g in groups] == [3, 3]
     everything = [tuple(r.tokens) for g in groups for r in g]
     assert len(set(everything)) == len(everything), "each draws its own"
-    again = tu.roll_out(model, Tokenizer(TOKENIZER), [tu.prompt_of(c) for c in found], 3, 1, max_tokens=12)
+    again = tu.roll_out(model, [tu.prompt_of(c) for c in found], 3, 1, max_tokens=12)
     assert [tuple(r.tokens) for g in again for r in g] == everything
     for r in (r for g in groups for r in g):
         assert r.total == len(r.tokens) and r.longest <= r.total and not r.complete
@@ -151,5 +150,5 @@ def test_own_answers_that_are_right_and_well_formed_are_learnt(model, monkeypatc
         spec = tu.spec_of(prompt)
         rolls.append([tu.rollout_of(drive(machine(prompt, spec), Script(prompt, ids, spec.ends)), GRAMMAR)])
     monkeypatch.setattr(tu, "roll_out", lambda *a, **k: rolls)
-    (kept,) = tu.own_answers(model, None, found, 0)
+    (kept,) = tu.own_answers(model, found, 0)
     assert kept == tu.units_of(tu.prompt_of(found[0]), answers[0])

@@ -1,5 +1,6 @@
 """ThreadWeaver: the state machine is exact on any weights, here zoo:tiny with ordinary tokens in the tags' places."""
 
+import asyncio
 import http.server
 import itertools
 import json
@@ -11,11 +12,11 @@ import pytest
 from serving import Server
 from stretto import LLM, SamplingParams
 from stretto.errors import CapacityError, InputError, OptionError, UnsupportedError
+from stretto.machine import Reply, Script, Spec, drive, machine
 from stretto.models.tokenizer import Tokenizer
 from stretto.outline import THREADWEAVER, Grammar
 from stretto.threads import threadweaver
-from stretto.threads.machine import Reply, Script, Spec, drive, machine
-from stretto.threads.threadweaver import weave
+from stretto.threads.threadweaver import aweave, weave
 
 QUESTION = "One box holds 3 nails, 4 bolts and 5 figs. How many things are in the box?"
 OUTLINES = "<Parallel><Goal><Outline>1: one</Outline><Outline>2: two</Outline><Outline>4.1: three</Outline>"
@@ -130,6 +131,19 @@ def test_the_threads_of_a_block_share_forwards_and_their_text(llm, form, prompt)
     heads = sum(len(t.context) - len(prompt) - len(line.ids) for t in threads)
     assert u.evaluated <= len(prompt) + len(line.ids) + heads + sum(len(t.ids) for t in threads) + len(threads)
     assert u.critical_path == len(line.ids) + max(len(t.ids) for t in threads)
+
+
+def test_answers_of_several_tasks_share_forwards(llm, form, prompt):
+    quiet = LLM("zoo:tiny", dtype="float32", deterministic=True, enable_prefix_caching=False)
+    alone = [weave(quiet, p, grammar=form, max_tokens=most) for p, most in ((prompt, 120), (prompt, 60))]
+    before = quiet.engine.forwards
+
+    async def both():
+        return await asyncio.gather(*(aweave(quiet, prompt, grammar=form, max_tokens=most) for most in (120, 60)))
+
+    got = asyncio.run(both())
+    assert [g.tokens for g in got] == [a.tokens for a in alone] and quiet.runner.alloc.used == 0
+    assert quiet.engine.forwards - before <= 1 + max(a.usage.forwards for a in alone)
 
 
 def test_samples_repeat_by_seed_and_siblings_draw_their_own(llm, form, prompt):

@@ -7,18 +7,18 @@ block in the same forwards, joined by "reencode"), or requests to an HTTP endpoi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from stretto.engine.params import SamplingParams
 from stretto.errors import CapacityError, EngineError, OptionError
+from stretto.machine import Ask, Machine, Reply, Spec, Woven, drive, machine, plain
 from stretto.outline import Grammar, read_tags
 from stretto.session import Children, Generated, Thread
 from stretto.threads.endpoint import Endpoint
-from stretto.threads.machine import Ask, Machine, Reply, Spec, Woven, drive, machine, plain
 
-__all__ = ["Local", "adrive", "weave"]
+__all__ = ["aweave", "weave"]
 
 
 class Local:
@@ -61,16 +61,6 @@ class Remote:
         return [Reply(*done) for done in self.endpoint.complete(prompts, ask.stops, ask.room)]
 
 
-async def adrive(work: Machine, backend: Local) -> Woven:
-    """``drive`` on our engine, beside other tasks of the event loop."""
-    try:
-        ask = next(work)
-        while True:
-            ask = work.send(await backend.aask(ask))
-    except StopIteration as end:
-        return end.value
-
-
 def _bounded(params: SamplingParams, ask: Ask) -> SamplingParams:
     return replace(params, max_tokens=ask.room, stop_token_ids=[*(params.stop_token_ids or []), *ask.stops])
 
@@ -89,29 +79,58 @@ def weave(
     endpoint. A failure of engine or endpoint under way is answered by one plain completion of the prompt, and noted.
     Raises OptionError, and UnsupportedError for a tokenizer without the tags or an endpoint that does not keep ids.
     """
-    if join not in ("reencode", "share"):
-        raise OptionError("join", join, "reencode or share")
-    local = backend == "local"
-    if address and local:
-        raise OptionError(sorted(address)[0], address[sorted(address)[0]], "nothing where backend is local")
-    if not local and join == "share":
-        raise OptionError("join", join, "reencode where completions come from an endpoint")
-    params = sampling_params or SamplingParams(temperature=0.0)
-    tokenizer = getattr(llm, "tokenizer", llm)
-    grammar = grammar or Grammar(read_tags(tokenizer.path)[0], tokenizer.inner)
+    _check(backend, join, address)
+    params, tokenizer = sampling_params or SamplingParams(temperature=0.0), getattr(llm, "tokenizer", llm)
     ends = _ends(llm, tokenizer)
-    remote = None if local else Endpoint(backend, params, ends, **address)
+    remote = None if backend == "local" else Endpoint(backend, params, ends, **address)
     longest = remote.max_model_len if remote else llm.max_model_len
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
-    parting = _parting(grammar, join)
-    spec = Spec(grammar, ends, min(longest, len(ids) + max_tokens), max_threads, max_blocks, parting)
+    grammar = grammar or Grammar(read_tags(tokenizer.path)[0], tokenizer.inner)
+    spec = Spec(
+        grammar, ends, min(longest, len(ids) + max_tokens), max_threads, max_blocks, _parting(grammar, join)
+    )
     try:
-        out = _run(machine(ids, spec), remote, llm, ids, params, join, spec)
+        out = _run(machine(ids, spec), remote, llm, params, join, spec, ids)
     except (CapacityError, EngineError, OSError) as error:
-        out = _run(plain(ids, spec), remote, llm, ids, params, join, spec)
+        out = _run(plain(ids, spec), remote, llm, params, join, spec, ids)
         out.note(f"given up, and answered by one plain completion: {error}")
     out.text = tokenizer.decode(out.tokens, skip_special_tokens=False)
     return out
+
+
+async def aweave(
+    llm: Any, prompt: str | Sequence[int], sampling_params: SamplingParams | None = None, *, max_tokens: int = 512,
+    max_threads: int = 8, max_blocks: int = 32, join: str = "reencode", grammar: Grammar | None = None,
+) -> Woven:
+    """``weave`` on our engine for asyncio: the lines and threads of several answers share forwards. Failures are
+    raised."""
+    _check("local", join, {})
+    params = sampling_params or SamplingParams(temperature=0.0)
+    ids = llm.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(t) for t in prompt]
+    grammar = grammar or Grammar(read_tags(llm.tokenizer.path)[0], llm.tokenizer.inner)
+    limit = min(llm.max_model_len, len(ids) + max_tokens)
+    spec = Spec(grammar, _ends(llm, None), limit, max_threads, max_blocks, _parting(grammar, join))
+    with llm.session(ids, max_threads=max_threads + 1) as session:
+        work, local = machine(ids, spec), Local(session, params, join, spec)
+        try:
+            ask = next(work)
+            while True:
+                ask = work.send(await local.aask(ask))
+        except StopIteration as end:
+            out: Woven = end.value
+        out.usage = session.usage
+    out.text = llm.tokenizer.decode(out.tokens, skip_special_tokens=False)
+    return out
+
+
+def _check(backend: str, join: str, address: Mapping[str, Any]) -> None:
+    if join not in ("reencode", "share"):
+        raise OptionError("join", join, "reencode or share")
+    if backend == "local" and address:
+        name = sorted(address)[0]
+        raise OptionError(name, address[name], "nothing where backend is local")
+    if backend != "local" and join == "share":
+        raise OptionError("join", join, "reencode where completions come from an endpoint")
 
 
 def _ends(llm: Any, tokenizer: Any) -> tuple[int, ...]:
@@ -128,7 +147,7 @@ def _parting(grammar: Grammar, join: str) -> tuple[int, ...]:
 
 
 def _run(
-    work: Machine, remote: Endpoint | None, llm: Any, ids: list[int], params: SamplingParams, join: str, spec: Spec
+    work: Machine, remote: Endpoint | None, llm: Any, params: SamplingParams, join: str, spec: Spec, ids: list[int]
 ) -> Woven:
     if remote is not None:
         return drive(work, Remote(remote))

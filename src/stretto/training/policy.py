@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from stretto.decoding.registry import make
 from stretto.engine.engine import Engine
 from stretto.engine.host import Host
 from stretto.engine.runner import Runner
 from stretto.models.transformer import Transformer
 
-__all__ = ["CLAMP", "Ground", "Verifier", "clipped", "rollout_engine", "some", "verdict", "zscore"]
+__all__ = ["CLAMP", "Verifier", "clipped", "rollout_engine", "some", "verdict", "zscore"]
 
 CLAMP = 10.0  # of differences of log-probabilities
 
@@ -56,33 +55,12 @@ def some(prompts: Sequence[T], step: int, n: int) -> list[T]:
 
 def rollout_engine(
     model: Transformer, stop_ids: Sequence[int], *, seqs: int, backend: str = "auto", slots: int = 256,
-    make_decoder: Any = None,
+    prefix_caching: bool = False,
 ) -> Engine:
-    """An engine on the model's present weights; later updates need a new one (milliseconds for a small model)."""
+    """An engine on the model's present weights; later updates need a new one (milliseconds for a small model).
+    ``slots``: K/V rows for each of ``seqs`` sequences."""
     limit = min(1024, model.config.max_position_embeddings)
     runner = Runner(copy.deepcopy(model).eval(), slots=seqs * slots, backend=backend)
 
     host = Host(runner, tuple(stop_ids), limit, plan=False)
-    return Engine(
-        runner, host, max_rows=16 * seqs, max_seqs=seqs, prefix_caching=False, make_decoder=make_decoder
-    )
-
-
-class Ground:
-    """What sessions need, around a model in memory: rollouts by fork and join on the present weights."""
-
-    def __init__(self, model: Transformer, tokenizer: Any, *, seqs: int, slots: int = 256):
-        self.config, self.tokenizer = model.config, tokenizer
-        stops = tuple(tokenizer.stop_ids(model.config))
-        self.engine = rollout_engine(model, stops, seqs=seqs, slots=slots, make_decoder=tokenizer.decoder)
-        self.runner, self.host = self.engine.runner, self.engine.host
-        self.max_model_len = self.host.max_model_len
-        self._methods: dict[str, Any] = {}
-
-    def method(self, name: str, options: Any = None) -> Any:
-        if name not in self._methods:
-            self._methods[name] = make(name, self.host, options or {})
-        return self._methods[name]
-
-    def constraint(self, params: Any) -> None:
-        return None
+    return Engine(runner, host, max_rows=16 * seqs, max_seqs=seqs, prefix_caching=prefix_caching)

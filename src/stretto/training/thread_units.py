@@ -1,27 +1,27 @@
 """What teaches a model to reason in threads (ThreadWeaver): solutions as the state machine would get them.
 
 The user's turn says which way is wanted, as for Multiverse: step by step, in parallel, or nothing (the model decides).
-A trajectory is read back by the machine itself (``threads.machine.Script``): its pieces are the units, each behind what
+A trajectory is read back by the machine itself (``machine.Script``): its pieces are the units, each behind what
 it saw; forced tokens and the second copies of threads in the joined text are context. Stage "sft" learns from the
 page's solutions, curated by rules; stage "self" from the model's own answers in threads that are well formed and right.
 """
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from stretto.decoding.registry import make
+from stretto.engine.engine import Engine, Stream
 from stretto.engine.params import SamplingParams
+from stretto.machine import Ask, Machine, Reply, Script, Spec, Woven, drive, machine
 from stretto.models.transformer import Transformer
 from stretto.outline import THREADWEAVER, Grammar, StructureError
-from stretto.session import Session
-from stretto.threads.machine import Script, Spec, Woven, drive, machine
-from stretto.threads.threadweaver import Local, adrive
 from stretto.training.p_grpo import Rollout
 from stretto.training.parallel_units import MODES, grammar_of, pair_of
-from stretto.training.policy import Ground
+from stretto.training.policy import rollout_engine
 from stretto.training.trie import Unit
 from stretto.zoo import workbook
 from stretto.zoo.pages import reasoning
@@ -107,36 +107,72 @@ def rollout_of(got: Woven, grammar: Grammar) -> Rollout:
     )
 
 
+@dataclass(slots=True)
+class _Run:
+    """One answer under way."""
+
+    work: Machine
+    ask: Ask
+    seed: int
+    streams: list[Stream] = field(default_factory=list)
+    asked: int = 1
+    done: Woven | None = None
+
+    def go_on(self, engine: Engine, method: Any, temperature: float) -> None:
+        """Give the machine what was completed, and queue what it asks for next: the common text is cached already."""
+        replies = [Reply(s.seq.tokens[s.seq.prompt_len :], s.finish_reason or "length") for s in self.streams]
+        try:
+            ask = self.work.send(replies)
+        except StopIteration as end:
+            self.done, self.streams = end.value, []
+            return
+        self.streams = []
+        for i, head in enumerate(ask.heads):
+            params = _params(ask, temperature, (self.seed * 64 + self.asked) * 64 + i)
+            self.streams += engine.add([*ask.context, *head], params, method)
+        self.asked += 1
+
+
+def _params(ask: Ask, temperature: float, seed: int, n: int = 1) -> SamplingParams:
+    return SamplingParams(temperature=temperature, seed=seed, max_tokens=ask.room, stop_token_ids=list(ask.stops), n=n)
+
+
 def roll_out(
-    model: Transformer, tokenizer: Any, prompts: Sequence[Sequence[int]], group: int, seed: int, *,
-    temperature: float = 1.0, max_tokens: int = 400,
+    model: Transformer, prompts: Sequence[Sequence[int]], group: int, seed: int, *, temperature: float = 1.0,
+    max_tokens: int = 400,
 ) -> list[list[Rollout]]:
-    """``group`` answers to each prompt through the state machine, all in the same forwards; a prompt is read once."""
-    ground = Ground(model, tokenizer, seqs=min(256, 4 * group * len(prompts)), slots=384)
-
-    async def one(thread: Any, spec: Spec, params: SamplingParams) -> Woven:
-        return await adrive(machine(thread.tokens, spec), Local(thread, params, "reencode", spec))
-
-    async def some(prompt: Sequence[int], number: int) -> list[Woven]:
-        spec, params = spec_of(prompt, max_tokens=max_tokens), SamplingParams(temperature=temperature, seed=number)
-        with Session(ground, prompt, max_threads=1 + group * (1 + spec.max_threads)) as session:
-            return await asyncio.gather(*(one(t, spec, params) for t in session.fork(group)))
-
-    async def everything() -> list[list[Woven]]:
-        return await asyncio.gather(*(some(p, (seed << 16) + i) for i, p in enumerate(prompts)))
-
+    """``group`` answers to each prompt through the state machine, on the model's present weights: the lines and threads
+    of all answers share forwards, what they have in common is evaluated once."""
+    spec = spec_of((), max_tokens=max_tokens)
+    engine = rollout_engine(model, spec.ends, seqs=min(256, 4 * group * len(prompts)), slots=384, prefix_caching=True)
+    method, groups = make("ar", engine.host, {}), []
+    for i, prompt in enumerate(prompts):
+        works = [machine(prompt, spec_of(prompt, max_tokens=max_tokens)) for _ in range(group)]
+        runs = [_Run(w, next(w), ((seed << 16) + i) * 256 + k) for k, w in enumerate(works)]
+        first = runs[0].ask
+        for run, stream in zip(runs, engine.add(first.context, _params(first, temperature, runs[0].seed * 4096, group),
+                                                method), strict=True):  # fmt: skip
+            run.streams = [stream]
+        groups.append(runs)
+    waiting = [run for runs in groups for run in runs]
+    while waiting:
+        engine.step()
+        for run in waiting:
+            if all(s.finish_reason is not None for s in run.streams):
+                run.go_on(engine, method, temperature)
+        waiting = [run for run in waiting if run.done is None]
     grammar = grammar_of(THREADWEAVER)
-    return [[rollout_of(w, grammar) for w in answers] for answers in asyncio.run(everything())]
+    return [[rollout_of(run.done, grammar) for run in runs if run.done is not None] for runs in groups]
 
 
 def own_answers(
-    model: Transformer, tokenizer: Any, found: Sequence[reasoning.Case], seed: int, *, max_tokens: int = 400,
+    model: Transformer, found: Sequence[reasoning.Case], seed: int, *, max_tokens: int = 400,
 ) -> list[list[Unit]]:
     """The units of the model's own answers in threads that are well formed, complete and right, one each at most."""
     out = []
     for i in range(0, len(found), 64):
         batch = found[i : i + 64]
-        answers = roll_out(model, tokenizer, [prompt_of(c) for c in batch], 1, seed + i, max_tokens=max_tokens)
+        answers = roll_out(model, [prompt_of(c) for c in batch], 1, seed + i, max_tokens=max_tokens)
         for case, (r,) in zip(batch, answers, strict=True):
             if r.complete and r.formed and right(case, r.tokens):
                 out.append(list(r.units))

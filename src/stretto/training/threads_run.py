@@ -19,7 +19,6 @@ import torch
 
 from stretto.errors import OptionError, StrettoError
 from stretto.models import checkpoint
-from stretto.models.tokenizer import Tokenizer
 from stretto.models.transformer import Transformer
 from stretto.outline import THREADWEAVER, write_tags
 from stretto.training import checkpoints, thread_units
@@ -29,7 +28,6 @@ from stretto.training.p_grpo import PGRPO, Step, p_grpo
 from stretto.training.parallel_units import MODES, grammar_of, initialise_tags
 from stretto.training.recipes import ThreadsRecipe
 from stretto.training.run import (
-    TOKENIZER,
     prepare,
     provenance,
     special_ids,
@@ -106,7 +104,7 @@ def _supervised(
 
 def _own(recipe: ThreadsRecipe, model: Transformer) -> Callable[[int], list[list[Unit]]]:
     """Pools of the model's own right answers, and the page's flat ones in the share that stage sft has."""
-    tokenizer, source = Tokenizer(TOKENIZER), copy.deepcopy(model).eval()
+    source = copy.deepcopy(model).eval()
     kept: dict[int, list[list[Unit]]] = {}
 
     def pool(k: int) -> list[list[Unit]]:
@@ -114,7 +112,7 @@ def _own(recipe: ThreadsRecipe, model: Transformer) -> Callable[[int], list[list
             number = (recipe.seed + 31) * 1_000_003 + k
             kept.clear()
             found = thread_units.cases("train", POOL, number)
-            kept[k] = thread_units.own_answers(source, tokenizer, found, number, max_tokens=recipe.max_tokens)
+            kept[k] = thread_units.own_answers(source, found, number, max_tokens=recipe.max_tokens)
             if not kept[k]:
                 raise StrettoError("no own answer is right and well formed: train stage sft for longer")
             flat = thread_units.WAYS["sequential"]
@@ -129,11 +127,10 @@ def policy_steps(
     optimizer: MuonAdamW | None = None, first: int = 0,
 ):
     """The steps of P-GRPO on the training split's prompts; the model decides whether it uses threads."""
-    tokenizer = Tokenizer(TOKENIZER)
     found = thread_units.cases("train", 4096, recipe.seed + 7)
     prompts = [(thread_units.prompt_of(c), lambda ids, c=c: thread_units.right(c, ids)) for c in found]
     roll = lambda net, some, seed: thread_units.roll_out(
-        net, tokenizer, some, settings.group_size, seed, max_tokens=settings.max_tokens
+        net, some, settings.group_size, seed, max_tokens=settings.max_tokens
     )
     yield from p_grpo(
         model, prompts, settings, steps=steps, roll=roll, pad_id=special_ids()["<|pad|>"], clock=clock,
