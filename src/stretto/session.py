@@ -320,7 +320,7 @@ class Session(Thread):
         Of the tasks that wait, whoever finds that nothing ran while the others had their turn steps the engine: one
         forward a round, so that a task whose threads ended goes on before the next one.
         """
-        engine, streams = self.llm.engine, self.submit(jobs)
+        engine, streams = self.llm.engine, self.submit(jobs, text=False)
         try:
             while True:
                 seen = engine.forwards
@@ -337,7 +337,7 @@ class Session(Thread):
 
     def events(self, jobs: list[tuple[Thread, Any, SamplingParams]]) -> Iterator[Event]:
         """``run``, step by step. Leaving the iterator early aborts what still runs."""
-        streams = self.submit(jobs)
+        streams = self.submit(jobs, text=False)
         of = {stream: thread.id for stream, (thread, _, _) in zip(streams, jobs, strict=True)}
         try:
             while any(s.finish_reason is None for s in streams):
@@ -349,8 +349,9 @@ class Session(Thread):
         finally:
             self.abandon(jobs, streams)
 
-    def submit(self, jobs: list[tuple[Thread, Any, SamplingParams]]) -> list[Stream]:
-        """Queue the jobs; who steps the engine himself calls ``collect`` when all have finished, or ``abandon``."""
+    def submit(self, jobs: list[tuple[Thread, Any, SamplingParams]], *, text: bool = True) -> list[Stream]:
+        """Queue the jobs; who steps the engine himself calls ``collect`` when all have finished, or ``abandon``.
+        ``text``: whether somebody reads the streams' text as it grows."""
         streams: list[Stream] = []
         try:
             for thread, method, params in jobs:
@@ -365,7 +366,7 @@ class Session(Thread):
                 lease = Lease(thread.view, thread.shift, path, thread.plain, reads, thread.team)
                 streams += self.llm.engine.add(
                     thread.tokens, params, method, priority=self.priority, salt=self.salt, constraint=constraint,
-                    decode_text=True, lease=lease,
+                    decode_text=text, lease=lease,
                 )
                 thread.busy = True
         except BaseException:
@@ -388,7 +389,7 @@ class Session(Thread):
     def collect(self, jobs: list[tuple[Thread, Any, SamplingParams]], streams: list[Stream]) -> list[Generated]:
         """The threads take over what their finished streams generated."""
         out = []
-        for (thread, method, _), stream in zip(jobs, streams, strict=True):
+        for (thread, method, params), stream in zip(jobs, streams, strict=True):
             seq = stream.seq
             new = seq.tokens[seq.prompt_len :]
             thread.busy = False
@@ -399,7 +400,9 @@ class Session(Thread):
             self.usage.evaluated += seq.metrics.rows
             self.usage.generated += len(new)
             self.usage.critical_path = max(self.usage.critical_path, thread.depth)
-            text = stream.stops.finish()
+            text = stream.stops.finish() if stream.stops.reads else self.llm.tokenizer.decode(
+                new, skip_special_tokens=params.skip_special_tokens
+            )
             out.append(Generated(thread.id, text, new, stream.finish_reason, seq.logprobs, seq.metrics))
         return out
 

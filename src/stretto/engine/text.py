@@ -45,6 +45,11 @@ class StopChecker:
         self._done = False
 
     @property
+    def reads(self) -> bool:
+        """Whether tokens are turned into text."""
+        return self._decoder is not None
+
+    @property
     def safe(self) -> int:
         return len(self.text) if self._done else max(0, len(self.text) - self._holdback)
 

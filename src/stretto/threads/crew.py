@@ -53,11 +53,12 @@ def run_tasks(
             if not running or (end is not None and time.monotonic() > end):
                 break
             step()
-            for session in {id(n.session): n.session for n in running}.values():
+            for session in {n.session for n in running}:
                 session.usage.forwards += 1
-            done = [n for n in running if all(s.finish_reason is not None for s in n.streams)]
-            running = [n for n in running if n not in done] if done else running
-            ready += [(n, _collected(n)) for n in done]
+            if any(n.streams[-1].finish_reason is not None for n in running):
+                done = [n for n in running if all(s.finish_reason is not None for s in n.streams)]
+                running = [n for n in running if n not in done]
+                ready += [(n, _collected(n)) for n in done]
         return root.results
     finally:
         for node in running:
@@ -84,7 +85,7 @@ def _advance(node: _Node, value: Any, ready: list[tuple[_Node, Any]], running: l
         return
     if wanted and isinstance(wanted[0], tuple):
         node.jobs, node.session = list(wanted), wanted[0][0].session
-        node.streams = node.session.submit(node.jobs)
+        node.streams = node.session.submit(node.jobs, text=False)
         running.append(node)
     elif wanted:
         node.results, node.open = [None] * len(wanted), len(wanted)

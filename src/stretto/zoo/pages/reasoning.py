@@ -92,7 +92,7 @@ def _collect(word: str, values: list[int]) -> tuple[str, int]:
 
 def rows(rng: random.Random) -> Case:
     """Sums of the rows of a small table; the largest or smallest of them."""
-    letters = "abcdef"[: rng.choice([3, 4, 4, 5])]
+    letters = "abcdef"[: rng.choice([4, 4, 5])]
     width, word = rng.choice([4, 5, 6]), rng.choice(["Largest", "Smallest"])
     table = {c: rng.sample(range(2, 20), width) for c in letters}
     sums = {c: _chain(v) for c, v in table.items()}
@@ -104,7 +104,7 @@ def rows(rng: random.Random) -> Case:
 
 def orders(rng: random.Random) -> Case:
     """Several small word problems and their total."""
-    names = rng.sample(NAMES, rng.choice([3, 3, 4]))
+    names = rng.sample(NAMES, rng.choice([3, 4, 4]))
     said, branches, values = [], [], []
     for name in names:
         first, second = rng.sample(FRUIT + TOOLS, 2)
@@ -124,9 +124,9 @@ def orders(rng: random.Random) -> Case:
 
 def tree(rng: random.Random, parts: int | None = None, width: int | None = None, words: str = "all") -> Case:
     """Sum, maximum or product of small numbers by trees of two-operand steps, two to four of them independent."""
-    parts = parts or rng.choice([2, 3, 4, 4])
-    word = rng.choice(["Sum", "Sum", "Max", "Product"] if words == "all" else words.split())
-    width = width or (3 if word == "Product" else rng.choice([4, 6]))
+    parts = parts or rng.choice([3, 4, 4])
+    word = rng.choice(["Sum", "Sum", "Sum", "Max", "Max", "Product"] if words == "all" else words.split())
+    width = width or (3 if word == "Product" else rng.choice([5, 6]))
     names = ("left", "right") if parts == 2 else "abcd"[:parts]
     if word == "Product":  # so that the last steps stay within the table of small products
         parts, names = 2, ("left", "right")
@@ -173,7 +173,7 @@ def nested(rng: random.Random) -> Case:
     for region in ("north", "south"):
         said.append(f"{region}:")
         inner, sums = [], []
-        for letter in [next(letters) for _ in range(rng.randint(2, 3))]:
+        for letter in [next(letters) for _ in range(3)]:
             numbers = rng.sample(range(2, 20), 4)
             steps, total = _chain(numbers)
             said.append(f"{letter}: {_said(numbers)}")
