@@ -359,6 +359,26 @@ def test_limits_are_hard(limit):
     assert not out.ok and len(agent.asked) <= 3 and any(n.startswith("stopped") for n in out.notes)
 
 
+def test_calls_at_the_same_time_share_the_token_limit():
+    class Greedy(Scripted):
+        async def ask(self, text, *, max_tokens, seed):
+            await super().ask(text, max_tokens=max_tokens, seed=seed)
+            return Reply("x", 1, max_tokens, "length")
+
+    g = TaskGraph([SubTask(i, i) for i in "abcdefgh"])
+    out = orchestrate(g, "parallel", agents=Greedy(str, delay=0.01),
+                      options=Options(limits=Limits(max_tokens=250, call_tokens=100)))
+    assert out.tokens == 250 and not out.ok
+
+
+def test_inside_a_loop_the_async_twin_is_named():
+    async def wrong():
+        orchestrate(graph(2, []), agents=Scripted(str))
+
+    with pytest.raises(InputError, match="aorchestrate"):
+        asyncio.run(wrong())
+
+
 # Rounds
 
 @settings(max_examples=40, deadline=None)

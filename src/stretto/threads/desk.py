@@ -86,6 +86,8 @@ class Desk:
     round: int = 0
     tries: int = 0
     started: float = field(default_factory=time.perf_counter)
+    _reserved: int = 0
+    _freed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def now(self) -> float:
         return time.perf_counter() - self.started
@@ -113,23 +115,36 @@ class Desk:
 
     async def _try(self, agent: Agent, call: Call, text: str, tokens: int) -> bool:
         """One try; False = try again."""
-        self._check()
+        tokens = await self._reserve(tokens)
         self.tries += 1
         call.tries += 1
         left = self.limits.call_timeout
         if self.limits.timeout is not None:
             left = min(left, self.limits.timeout - self.now())
-        if self.limits.max_tokens is not None:
-            tokens = min(tokens, self.limits.max_tokens - self.tokens)
         try:
             reply: Reply = await asyncio.wait_for(agent.ask(text, max_tokens=tokens, seed=call.tries - 1), left)
         except Exception as e:  # an agent of the user's may raise anything; the sub-task then counts as failed
             call.error = str(e) or f"no answer within {left:.3g} s"
             return call.tries > self.limits.retries or not worth_retrying(e)
+        finally:
+            self._reserved -= tokens
+            self._freed.set()
         call.text, call.error, call.finish_reason = reply.text, None, reply.finish_reason
         call.prompt_tokens, call.completion_tokens = reply.prompt_tokens, reply.completion_tokens
         call.evaluated = reply.evaluated
         return True
+
+    async def _reserve(self, tokens: int) -> int:
+        """How many of ``tokens`` a try may generate; waits while calls under way might use up all that are left."""
+        self._check()
+        if self.limits.max_tokens is not None:
+            while (left := self.limits.max_tokens - self.tokens - self._reserved) <= 0:
+                self._freed.clear()
+                await self._freed.wait()
+                self._check()
+            tokens = min(tokens, left)
+        self._reserved += tokens
+        return tokens
 
     def _check(self) -> None:
         limits = self.limits

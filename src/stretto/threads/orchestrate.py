@@ -115,6 +115,12 @@ def orchestrate(
     if graph is not None and _single(graph, topology):
         if (alone := _alone(agents)) is not None:
             return _plain_call(graph, topology, alone, options)
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        pass
+    else:
+        raise InputError("an event loop is running here: await aorchestrate(...) instead of orchestrate(...)")
     return asyncio.run(_orchestrate(task, graph, topology, agents, validator, options))
 
 
