@@ -168,6 +168,18 @@ def test_pick_follows_the_law():
     assert chi2 < 16.3, "99.9 % quantile of chi-square with 3 degrees of freedom"
 
 
+@pytest.mark.parametrize("more", [{}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)
+def test_pick_is_gumbel_max_over_the_law(more):
+    generator = torch.Generator().manual_seed(7)
+    for temperature in (0.1, 0.8, 3.0):
+        sampler = Sampler(SamplingParams(temperature=temperature, seed=4, **more))
+        for i in range(100):
+            logits = 3 * torch.randn(300, generator=generator)
+            logits[200:] = -torch.inf if i % 2 else logits[200:]
+            gumbel = -np.log(-np.log(noise(sampler.key, i, 0, 300)))
+            assert sampler.pick(logits, i) == int((sampler.law(logits, i).log() + torch.from_numpy(gumbel)).argmax())
+
+
 @given(
     st.lists(st.floats(0.001, 1), min_size=2, max_size=12),
     st.integers(0, 13), st.floats(0.05, 1), st.floats(0, 1),

@@ -64,6 +64,8 @@ class Sampler:
         processed = bool(self._counts or p.logit_bias or p.min_tokens or constraint)
         self.plain = self.greedy and not processed
         self._raw = not processed
+        self._whole = p.top_k <= 0 and p.top_p >= 1.0 and p.min_p <= 0.0  # no token is cut off
+        self._bits: np.random.Philox | None = None
 
     def advance(self, tokens: Seq[int]) -> None:
         """Tell the sampler which tokens became final."""
@@ -110,12 +112,31 @@ class Sampler:
         return truncate(torch.softmax(x / self.params.temperature, -1), self.params)
 
     def pick(self, logits: Tensor, index: int, path: Seq[int] = ()) -> int:
-        """The token at output position ``index`` (0-based) given float [V] logits."""
+        """The token at output position ``index`` (0-based) given float [V] logits.
+
+        Computed as a race, argmin_v E_v / p_v with E_v = -log u_v: the same token with one logarithm.
+        """
         if self.greedy:
             return int(self.process(logits, index, path).argmax())
-        law = self.law(logits, index, path)
-        gumbel = -np.log(-np.log(noise(self.key, index, 0, len(law))))
-        return int((law.log() + torch.from_numpy(gumbel)).argmax())
+        if self._whole:
+            x = self.process(logits, index, path).detach().cpu().numpy().astype(np.float64)
+            x /= self.params.temperature
+            x -= x.max()
+            p = np.exp(x, out=x)
+        else:
+            p = self.law(logits, index, path).cpu().numpy()
+        with np.errstate(divide="ignore"):
+            return int((np.log(self._noise(index, len(p))) / -p).argmin())
+
+    def _noise(self, index: int, n: int) -> np.ndarray:
+        """``noise(self.key, index, 0, n)`` from a generator that is set back instead of made anew."""
+        if self._bits is None:
+            self._bits = np.random.Philox(key=self.key)
+            self._generator, self._state = np.random.Generator(self._bits), self._bits.state
+            self._state["buffer_pos"] = 4
+        self._state["state"]["counter"][:] = (0, 0, 0, index)
+        self._bits.state = self._state
+        return self._generator.random(n) * (1 - 2.0**-53) + 2.0**-54
 
     def draw(self, law: Tensor, index: int, draw: int) -> int:
         """A token from ``law`` [V] with noise of its own (``draw`` >= 1 keeps it apart from ``pick``)."""

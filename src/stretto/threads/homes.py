@@ -85,10 +85,15 @@ class Home:
                 out.append((thread, Feed(len(ids) + 1), ONCE))
             return out
 
-        made = await self.call(jobs)
-        await self.run(pairs[0][0].session, made)
-        self.scored += sum(len(ids) for _, ids in pairs)
-        return [_laws(feed.logits, ids) for (_, feed, _), (_, ids) in zip(made, pairs, strict=True)]
+        session = pairs[0][0].session
+
+        async def scored() -> list[list[float]]:
+            made = jobs()
+            await self._run(session, made)
+            self.scored += sum(len(ids) for _, ids in pairs)
+            return [_laws(feed.logits, ids) for (_, feed, _), (_, ids) in zip(made, pairs, strict=True)]
+
+        return await self._there(scored(), session)
 
     async def run(self, session: Session, jobs: list[Job]) -> list[Generated]:
         """Jobs of one session as one unit: started together, done when all are. Cancelling it aborts them."""

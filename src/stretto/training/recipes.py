@@ -245,7 +245,7 @@ _ALL: tuple[AnyRecipe, ...] = (
     ),
     Recipe(
         name="zoo-tiny-steps", purpose="solves word problems of many steps, corrects slips (ATTS), from zoo:tiny",
-        objective="worked_steps", base="zoo:tiny", minutes=10, rows=6, length=400, lr=2e-3, adam_lr=2e-3, warmup=20,
+        objective="worked_steps", base="zoo:tiny", minutes=10, rows=6, length=400, lr=3e-3, adam_lr=2e-3, warmup=20,
         decay=0.6, weights={},
     ),
     Recipe(
