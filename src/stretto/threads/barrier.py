@@ -1,8 +1,8 @@
 """The price of a barrier, by simulation: chains in step and chains on their own, on a cluster that is not here.
 
 Per turn and chain: draft sampling (tokens x seconds a token), verification (seconds a chunk), and for a share alpha
-target sampling. In step: every turn all chains of the question wait for the slowest twice, before the ranking and after
-the take-overs. Lengths are drawn from a heavy-tailed law (log-normal of mean ``length`` and shape ``sigma``; 0 = equal).
+target sampling. In step: every turn all chains of the question wait for the slowest twice, before the ranking and
+after the take-overs. Lengths have a heavy tail: log-normal of mean ``length`` and shape ``sigma`` (0: all equal).
 
 The paper's measure: arithmetic intensity with the wait in its denominator (its exact form is not published):
     I = FLOPs / (bytes moved + bandwidth x seconds of synchronisation).
