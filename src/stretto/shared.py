@@ -61,11 +61,13 @@ class Shared:
         return made
 
     def read(self, line: Thread, reads: Seq[Thread]) -> None:
-        """What ``line`` sees before itself from its next start on, in this order."""
+        """What ``line`` sees before itself from the next forward on, in this order."""
         for other in reads:
             if other.session is not self.session or not other.alive or other is line:
                 raise InputError(f"thread {line.id} cannot read thread {other.id}: no other line of its session")
         line.reads = tuple(reads)
+        if line in self._live:
+            self._live[line][1].seq.reads = tuple(t.view for t in reads)
 
     def evaluate(self, line: Thread) -> None:
         """Cache all tokens of a line that nobody writes: a header, a remark."""
@@ -127,7 +129,7 @@ class Shared:
                 self._leave(line)
             else:
                 self._live[line] = (job, stream, told + len(new))
-                line.tokens = list(stream.seq.tokens)
+                line.tokens += new
             if new or done:
                 news.append(News(line, new, done))
         return news

@@ -50,38 +50,58 @@ def check_model(runner: Runner) -> None:
         raise UnsupportedError("kv_layout='slots' cannot share rows: load the model with kv_layout='paged'")
 
 
-def read(plan: Plan, plans: Mapping[View, Plan]) -> tuple[np.ndarray, np.ndarray, np.ndarray, Runs]:
-    """(context slots, columns, their counts a row, runs a row) of the rows of one plan whose sequence reads others.
+Reading = tuple[list[int], list[int], int]  # first key of each run, query position of the first row for it, rows
+
+
+def read(plan: Plan, plans: Mapping[View, Plan]) -> tuple[np.ndarray, np.ndarray, np.ndarray, Reading]:
+    """(context slots, columns, their counts a row, runs) of the rows of one plan whose sequence reads others.
 
     ``plans``: who evaluates rows of which view in this forward; their ``row`` is known.
     """
     if plan.step is not None and not plan.plain_chain:
         raise ValueError("a step that chooses positions, context or visibility cannot read other sequences")
-    reads, own, n = plan.seq.reads, plan.seq.view, plan.rows
-    cached = np.array([len(v) for v in reads], np.int64)
-    fresh = np.array([plans[v].rows if v in plans else 0 for v in reads], np.int64)
-    offsets = np.concatenate([[0], np.cumsum(cached + fresh)])
-    here = len(own) + np.arange(n)  # in the own view
-    there = offsets[-1] + here  # in everything that is read
-    lengths = np.concatenate([cached, [len(own)], fresh, [n]])
-    by_piece = np.stack([*(there - o for o in offsets[:-1]), here])  # [pieces, n]
-    at = np.concatenate([by_piece, by_piece])[lengths > 0]
-    starts = (np.cumsum(lengths) - lengths)[lengths > 0]
-    others = [np.arange(plans[v].row, plans[v].row + plans[v].rows) for v in reads if v in plans]
-    seen = np.concatenate(others) if others else np.empty(0, np.int64)
-    columns = np.concatenate([x for i in range(n) for x in (seen, np.arange(plan.row, plan.row + i + 1))])
-    counts = len(seen) + np.arange(1, n + 1)
-    pieces = len(starts)
-    runs = Runs(_ints(np.full(n, pieces)), _ints(np.tile(starts, n)), _ints(at.T.ravel()))
-    return np.concatenate([*(v.slots for v in reads), own.slots]), _ints(columns), _ints(counts), runs
+    reads, own, n, row = plan.seq.reads, plan.seq.view, plan.rows, plan.row
+    writers = [plans.get(v) for v in reads]
+    here, end = len(own), 0  # in the own view; in everything that is read
+    offsets = []
+    for view, writer in zip(reads, writers, strict=True):
+        offsets.append(end)
+        end += len(view) + (writer.rows if writer else 0)
+    end += here
+    starts, at, keys, seen = [], [], 0, []
+    for view, offset in zip((*reads, own), (*offsets, end - here), strict=True):
+        if len(view):
+            starts.append(keys)
+            at.append(end - offset)
+            keys += len(view)
+    for writer, offset in zip(writers, offsets, strict=True):
+        if writer is not None:
+            starts.append(keys)
+            at.append(end - offset)
+            keys += writer.rows
+            seen += range(writer.row, writer.row + writer.rows)
+    if seen or not here:  # else the own rows go on with the run of the own view
+        starts.append(keys)
+        at.append(here)
+    columns = [x for i in range(n) for x in (*seen, *range(row, row + i + 1))]
+    context = np.concatenate([*(v.slots for v in reads), own.slots])
+    counts = np.arange(len(seen) + 1, len(seen) + n + 1, dtype=np.int32)
+    return context, np.array(columns, np.int32), counts, (starts, at, n)
 
 
-def join_runs(parts: Sequence[Runs | int]) -> Runs:
-    """The runs of a batch; a part is what ``read`` gave (its ``ptr`` counts runs a row) or rows without any."""
-    none = np.empty(0, np.int32)
-    made = [Runs(np.zeros(p, np.int32), none, none) if isinstance(p, int) else p for p in parts]
-    ptr = np.concatenate([[0], np.cumsum(np.concatenate([p.ptr for p in made]))])
-    return Runs(_ints(ptr), np.concatenate([p.start for p in made]), np.concatenate([p.at for p in made]))
+def join_runs(parts: Sequence[Reading | int]) -> Runs:
+    """The runs of a batch; a part is what ``read`` gave, or a number of rows without any."""
+    counts, start, at = [0], [], []
+    for part in parts:
+        if isinstance(part, int):
+            counts += [0] * part
+            continue
+        starts, first, n = part
+        counts += [len(starts)] * n
+        start += starts * n
+        at += [p + i for i in range(n) for p in first]
+    ptr = np.cumsum(counts, dtype=np.int32)
+    return Runs(ptr, np.array(start, np.int32), np.array(at, np.int32))
 
 
 def whole(items: Iterable[Any]) -> list[Any]:
@@ -98,6 +118,3 @@ def units(plans: Iterable[Plan]) -> list[list[Plan]]:
         out.setdefault(id(plan.seq.team or plan), []).append(plan)
     return list(out.values())
 
-
-def _ints(x: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(x, np.int32)

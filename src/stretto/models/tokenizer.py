@@ -10,7 +10,7 @@ import codecs
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -218,7 +218,7 @@ class Detokenizer:
         self._open = 0  # where the open ones start
         self._sent = 0  # characters of the window's text that were given out
 
-    def push(self, ids: Sequence[int]) -> str:
+    def push(self, ids: Iterable[int]) -> str:
         """Add ``ids``; the text that is now certain."""
         return "".join(self._step(int(token)) for token in ids)
 

@@ -1,11 +1,34 @@
 """Hogwild! Inference: what its paper claims."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
 from stretto.systems.types import Claim, System
+
+
+def evidence(quick: bool) -> Mapping[str, Any]:
+    """Held-out problems of eight items: 1 to 4 workers, other layouts, independent workers with voting, in turns."""
+    from stretto.bench.provenance import provenance
+    from stretto.llm import LLM
+    from stretto.threads.measure_hogwild import MODEL, measure
+
+    llm = LLM(MODEL, dtype="float32", enable_prefix_caching=False)
+    return measure(llm, quick) | {"provenance": provenance(llm)}
+
 
 SYSTEM = System(
     slug="hogwild",
     title="Hogwild! Inference",
     room="threads",
+    parts=(
+        "stretto.threads.hogwild", "stretto.threads.hogwild_texts", "stretto.shared", "stretto.engine.team",
+        "stretto.models.turned", "stretto.models.segments", "stretto.training.worker_traces",
+        "stretto.training.worker_data",
+    ),
+    command="stretto reproduce hogwild",
+    evidence=evidence,
     purpose=(
         "Shortens the wait for answers that can be divided: several workers of one unmodified "
         "model write into one cache that all read."

@@ -240,7 +240,7 @@ _ALL: tuple[AnyRecipe, ...] = (
     ThreadsRecipe(name="zoo-tiny-threads", purpose="reasons in threads (ThreadWeaver), from zoo:tiny"),
     Recipe(
         name="zoo-tiny-hogwild", purpose="works with others on one live cache (Hogwild), from zoo:tiny",
-        objective="workers", base="zoo:tiny", minutes=15, rows=8, length=0, lr=2e-3, adam_lr=2e-3, decay=0.6,
+        objective="workers", base="zoo:tiny", minutes=18, rows=8, length=0, lr=2e-3, adam_lr=2e-3, decay=0.6,
         weights={},
     ),
     Recipe(

@@ -25,8 +25,8 @@ from stretto.zoo.pages.workers import Problem
 __all__ = ["WorkerBatch", "WorkerData", "WorkerLoss", "groups_of", "lay_traces", "worker_data", "worker_probe"]
 
 POOL = 256
-WORKERS = ((1, 0.2), (2, 0.25), (3, 0.2), (4, 0.35))
-LAYOUTS = (("combined", 0.72), ("interleaved", 0.14), ("contiguous", 0.14))
+WORKERS = ((1, 0.15), (2, 0.25), (3, 0.2), (4, 0.4))
+LAYOUTS = (("combined", 0.82), ("interleaved", 0.11), ("contiguous", 0.07))
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,10 +208,10 @@ def worker_data(recipe: Recipe) -> WorkerData:
 
 def _trace(found: Problem, rng: random.Random) -> Trace:
     workers = _pick(rng, WORKERS)
-    if rng.random() < 0.12:
+    if rng.random() < 0.04:
         return unfinished(found, rng, workers)
-    check = rng.randint(20, 80) if rng.random() < 0.1 else 0
-    return simulate(found, workers, _pick(rng, LAYOUTS), rng, noise=0.04, check_every=check)
+    check = rng.randint(20, 80) if rng.random() < 0.06 else 0
+    return simulate(found, workers, _pick(rng, LAYOUTS), rng, noise=0.03, check_every=check)
 
 
 def _pick(rng: random.Random, odds: Sequence[tuple[Any, float]]) -> Any:
@@ -220,7 +220,7 @@ def _pick(rng: random.Random, odds: Sequence[tuple[Any, float]]) -> Any:
 
 @torch.no_grad()
 def worker_probe(net: Any, final: bool) -> dict[str, float]:
-    """Shares of right tokens on test problems of eight items: the choices (of an item, of the answer) and the rest."""
+    """Shares of right tokens on test problems of eight items: the choices (of an item, of the end) and the rest."""
     found = problems("test", 64 if final else 24, 10_007)
     rng, hits = random.Random(0), {"choice": [], "other": []}
     for i in range(0, len(found), 8):

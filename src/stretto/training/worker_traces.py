@@ -25,7 +25,8 @@ __all__ = ["FILE", "TEXTS", "Row", "Trace", "problems", "prompt_ids", "simulate"
 
 FILE = "hogwild.json"  # beside the weights: the texts that the model was trained with
 TEXTS = {
-    "names": list(NAMES), "step_prefix": " {name}:", "step_separator": "\n", "others_header": "<|thread|>",
+    "names": list(NAMES), "prompt": "Team: {names}. {task}", "openings": [],
+    "step_prefix": " {name}:", "step_separator": "\n", "others_header": "<|thread|>",
     "own_header": "<|/thread|>", "check": " twice?", "unfinished": "...", "finisher": "\n Answer:",
     "answer": r"Answer: (\w+)\.", "banned": [], "leave": "<|im_end|>",
 }
@@ -178,7 +179,7 @@ class _Simulator:
             return [(LEAVE, 1.0)]
         if choice == ANSWER:
             w.letter = ANSWER
-            return [(t, weight if i in (0, 3) else 1.0) for i, t in enumerate(ids(f" Answer: {self.problem.answer}."))]
+            return [(t, weight if i == 0 else 1.0) for i, t in enumerate(ids(" Answer: all."))]
         if self.rng.random() < self.noise:
             choice, weight = self.rng.choice(self.problem.items)[0], 0.0
         w.letter = choice
@@ -212,10 +213,10 @@ def simulate(
 
 
 def unfinished(found: Problem, rng: random.Random, workers: int) -> Trace:
-    """The plain text of a run that was cut: some steps, some of them unfinished, and the answer that they allow."""
+    """The plain text of a run that was cut: some steps, some of them unfinished, and whether they are all."""
     trace = Trace("plain", workers)
     letters = [letter for letter, _, _ in found.items]
-    done = rng.sample(letters, rng.randint(1, len(letters)))
+    done = rng.sample(letters, rng.choice([len(letters), rng.randint(1, len(letters) - 1)]))
     text = prompt_ids(found, workers)
     for letter in done:
         text += [*_prefix(rng.randrange(workers)), *ids(found.step(letter))]
@@ -224,8 +225,7 @@ def unfinished(found: Problem, rng: random.Random, workers: int) -> Trace:
         step = ids(found.step(rng.choice(rest))) if rest else ()
         text += [*_prefix(w), *step[: rng.randint(0, max(0, len(step) - 4))], *ids(TEXTS["unfinished"])]
     text += [SEPARATOR, *ids(TEXTS["finisher"].removeprefix(TEXTS["step_separator"]))]
-    best = max((i for i in found.items if i[0] in done), key=lambda i: i[2])[0]
-    answer = ids(f" {best}.")
+    answer = ids(" all." if len(done) == len(letters) else " some.")
     trace.targets = [(len(text) - 1 + i, t, 3.0 if i == 0 else 1.0) for i, t in enumerate(answer)]
     text += answer[:-1]
     trace.rows = [Row(t, PROMPT, 0, i, -1, i) for i, t in enumerate(text)]

@@ -45,6 +45,7 @@ _ALL = (
     ZooModel("tiny-blocks", "masked diffusion, block-causal (kind B)", "decodes block after block, exact cache"),
     ZooModel("tiny-jacobi", "autoregressive, distilled by Jacobi Forcing", "fixes several tokens a forward by itself"),
     ZooModel("tiny-tools", "autoregressive, with a stream for each field of a call", "calls functions in few forwards"),
+    ZooModel("tiny-hogwild", "autoregressive, on a cache that others write", "works with others on one problem"),
     ZooModel("tiny-agents", "autoregressive, for tasks of several parts", "does one agent's part, leads, merges"),
     ZooModel("tiny-steps", "autoregressive", "solves word problems of many steps", draft="tiny-steps-draft"),
     ZooModel("tiny-steps-draft", "autoregressive", "the cheap half of tiny-steps, right less often"),

@@ -1,6 +1,7 @@
 """Problems of several independent items for workers who write side by side, and what they write.
 
-A step is one item with its result. Whoever finds all results written gives the answer: the item with the largest.
+A step is one item with its result. Whoever finds all results written says so, which ends the work. An item's letter
+stands directly before its numbers, so that finding what follows a letter is one look back.
 """
 
 from __future__ import annotations
@@ -23,26 +24,25 @@ class Problem:
     @property
     def text(self) -> str:
         """The items; it decides the split."""
-        return ", ".join(f"{letter}: {expression}" for letter, expression, _ in self.items)
-
-    def prompt(self, workers: int) -> str:
-        return f"Team: {', '.join(NAMES[:workers])}. Items: {self.text}. Which is the largest?"
+        return ", ".join(f"{letter}{expression}" for letter, expression, _ in self.items)
 
     @property
-    def answer(self) -> str:
-        """The letter of the largest result."""
-        return max(self.items, key=lambda item: item[2])[0]
+    def task(self) -> str:
+        return f"Items: {self.text}. Find all."
+
+    def prompt(self, workers: int) -> str:
+        """The task, and who works on it."""
+        return f"Team: {', '.join(NAMES[:workers])}. {self.task}"
 
     def step(self, letter: str) -> str:
-        return next(f" {l}: {e} = {r}." for l, e, r in self.items if l == letter)
+        return next(f" {l}{e} = {r}." for l, e, r in self.items if l == letter)
 
 
 def problem(rng: random.Random, items: int) -> Problem:
-    """``items`` different results, the largest ahead by its tens."""
+    """``items`` different expressions, one a letter."""
     while True:
         found = tuple((letter, *_item(rng)) for letter in LETTERS[:items])
-        tens = sorted(result // 10 for _, _, result in found)
-        if len({r for _, _, r in found}) == items and tens[-1] > tens[-2]:
+        if len({expression for _, expression, _ in found}) == items:
             return Problem(found)
 
 
