@@ -11,7 +11,7 @@ import torch
 
 from stretto import LLM, SamplingParams
 from stretto.engine.types import Commit
-from stretto.errors import InputError, OptionError, UnsupportedError
+from stretto.errors import CapacityError, InputError, OptionError, UnsupportedError
 from stretto.models import checkpoint
 from stretto.models.context import PackedContext
 from stretto.outline import MULTIVERSE, THREADWEAVER
@@ -293,6 +293,18 @@ def test_errors_and_time_leave_nothing_behind(llm, g, monkeypatch):
     with pytest.raises(RuntimeError, match="lost"):
         write(llm, prompt)
     assert llm.runner.alloc.used == 0 and not engine.busy
+
+
+def test_a_full_cache_is_an_error_that_leaves_the_engine_usable(folder, g, monkeypatch):
+    prompt, answer = pair_of(TASKS["rows"](random.Random(1)), "parallel", g)
+    small = LLM(folder, dtype="float32", enable_prefix_caching=False, kv_cache_tokens=len(prompt) + 194)
+    params = SamplingParams(max_tokens=130, temperature=0.0)
+    dictate(small, g, monkeypatch, (prompt, answer))
+    with pytest.raises(CapacityError, match="raise kv_cache_tokens"):
+        multiverse.run(small, prompt, params, tags=MULTIVERSE)
+    assert small.runner.alloc.used == 0 and not small.engine.busy
+    got = multiverse.run(small, prompt, params, tags=MULTIVERSE, min_budget_to_fork=60)
+    assert "cache slots are free" in got.notes[0] and got.blocks == 0
 
 
 def test_wrong_use_is_named(llm, folder):

@@ -16,6 +16,7 @@ from stretto.engine.pack import Plan
 from stretto.engine.runner import Runner
 from stretto.engine.team import units, whole
 from stretto.engine.types import Method, Sequence
+from stretto.errors import CapacityError
 
 __all__ = ["Entry", "Scheduler"]
 
@@ -66,6 +67,12 @@ class Scheduler:
         self._admit()
         plans = self._allot(self._prompts(self._proposals()))
         if self.preemptions == before and not plans and whole(self.running):
+            lent = sum(e.seq.held for e in self.running)
+            if lent:
+                raise CapacityError(
+                    f"{lent} threads of sessions need more rows than the cache has left ({self._alloc.free} of "
+                    f"{self._alloc.total} slots): raise kv_cache_tokens, or fork fewer threads"
+                )
             raise AssertionError("running sequences, but no plan")
         return plans
 

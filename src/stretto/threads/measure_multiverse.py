@@ -163,7 +163,7 @@ def _claims(
     budgets: dict[str, Any],
 ) -> list[dict[str, Any]]:
     flat, parallel, line = every["sequential"], every["parallel"], every["in_line"]
-    loss = flat["exact"] - parallel["exact"]
+    as_right = flat["exact"] - parallel["exact"] <= 0.02 and flat["exact"] >= 0.5
     fewer, speed = flat["forwards"] / parallel["forwards"], flat["seconds"] / parallel["seconds"]
     path = flat["critical_path"] / parallel["critical_path"]
     by_task = ", ".join(
@@ -177,9 +177,10 @@ def _claims(
             "measured": f"exact {parallel['exact']:.3f} in parallel, {every['auto']['exact']:.3f} where the model "
                         f"decides; malformed {parallel['malformed']:.3f}",
             "baseline": f"the same weights, step by step: exact {flat['exact']:.3f}",
-            "bar": "exact match within 1-2 points of the flat model", "holds": bool(loss <= 0.02),
-            "note": f"{parallel['answers']} held-out problems with independent parts; {by_task}. The flat model is the "
-                    "same weights in the other mode, not a second training",
+            "bar": "exact match within 1-2 points of the flat model", "holds": bool(as_right),
+            "note": f"holds = at most 2 points lower, of a model that solves at least half; {parallel['answers']} "
+                    f"held-out problems with independent parts; {by_task}. The flat model is the same weights in the "
+                    "other mode, not a second training",
         },
         {
             "name": "degree of parallelism", "paper": "1.15-1.18 on reasoning",
@@ -197,7 +198,7 @@ def _claims(
                         f"{batched['speed']:.2f} x at batch {BATCH}",
             "baseline": f"step by step: {1e3 * flat['seconds']:.1f} ms",
             "bar": "wall clock gain somewhat below that in forwards",
-            "holds": bool(speed >= 1.5 and path >= 1.5 and loss <= 0.02),
+            "holds": bool(speed >= 1.5 and path >= 1.5 and as_right),
             "note": "holds = at least 1.5 in critical path and wall clock at batch 1, accuracy within 2 points; "
                     f"{speeds}; serial problems {serial['sequential']['seconds'] / serial['parallel']['seconds']:.2f}",
         },

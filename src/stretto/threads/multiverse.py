@@ -236,9 +236,17 @@ class _Writer:
             return f"{len(numbers)} paths (max_paths={o.max_paths})"
         if len(self.session.threads()) + len(numbers) > o.max_threads:
             return f"{len(numbers)} paths beside {len(self.session.threads())} threads (max_threads={o.max_threads})"
+        free, least = self._free(), len(numbers) * o.min_budget_to_fork
+        if free < least:
+            return f"{free} cache slots are free, {len(numbers)} paths need at least {least} (kv_cache_tokens)"
         if self._room(thread) < o.min_budget_to_fork:
             return f"{self._room(thread)} positions are left (min_budget_to_fork={o.min_budget_to_fork})"
         return ""
+
+    def _free(self) -> int:
+        """Cache slots that threads can get now."""
+        prefix = self.llm.engine.prefix
+        return self.llm.runner.alloc.free + (prefix.slots if prefix is not None else 0)
 
     def _parallel(self, thread: Thread, depth: int, numbers: Sequence[str]) -> Task:
         assert self.grammar is not None
