@@ -216,7 +216,7 @@ def test_penalties_and_bias_by_hand():
 class Cached:
     """As much of a sequence as packing looks at: tokens, the first ``length`` of which are cached."""
 
-    taps, shift = (), 3
+    taps, shift, reads, team = (), 3, (), None
 
     def __init__(self, alloc, tokens, length):
         self.tokens, self.view = tokens, View(alloc)
