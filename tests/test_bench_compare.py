@@ -1,5 +1,7 @@
 """Evidence side by side: every figure against the first arm of the same run."""
 
+import pytest
+
 from stretto.bench.compare import accuracy, compare
 from stretto.bench.measure import Arm
 from stretto.llm import LLM
@@ -22,3 +24,18 @@ def test_accuracy_is_by_task():
     found = accuracy(LLM("zoo:tiny"), n=2)
     assert len(found) > 10 and all(0 <= v <= 1 for v in found.values())
     assert abs(found["all"] - sum(v for k, v in found.items() if k != "all") / (len(found) - 1)) < 1e-9
+
+
+def test_lines_over_time_are_one_well_formed_picture():
+    from xml.dom import minidom
+
+    from stretto.bench.over_time import over_time
+
+    lines = {"a <b>": [(1.0, 0.0), (2.0, 4.0)], "c": []}
+    svg = minidom.parseString(over_time({"up": lines, "down": {"c": [(1.0, 1.0)]}}, title="t", x_label="x", marks={"m": 1.5}))
+    points = [p.getAttribute("points").split() for p in svg.getElementsByTagName("polyline")]
+    assert [len(p) for p in points] == [2, 0, 1]
+    (_, low), (_, high) = (map(float, p.split(",")) for p in points[0])
+    assert high < low  # larger is further up
+    with pytest.raises(ValueError, match="no point"):
+        over_time({"up": {}}, title="t", x_label="x")

@@ -43,11 +43,35 @@ def evidence(quick: bool = False) -> Mapping[str, Any]:
         finally:
             server.terminate()
             server.wait(60)
-    claims = [_day0(before), _shift(before, after, frozen), _mixed(mixed), _same([*before, *after, *mixed])]
+    rows = [*before, *after, *mixed]
+    _draw(rows, requests, more, quick)
+    claims = [_day0(before), _shift(before, after, frozen), _mixed(mixed), _same(rows)]
     return {
-        "claims": claims, "timeline": [*before, *after, *mixed], "drafters": about,
+        "claims": claims, "timeline": rows, "drafters": about,
         "settings": {"model": "zoo:tiny", "share": 0.5, "chunk": CHUNK, "concurrency": 4, "sync": 20},
     }
+
+
+def _draw(rows: Sequence[Mapping[str, Any]], shift: int, mix: int, quick: bool) -> None:
+    """Tokens per forward and speed over the requests, as a picture beside the evidence, with a full run."""
+    from stretto.bench.over_time import over_time
+    from stretto.systems.types import evidence_folder
+
+    if quick:
+        return
+    arms = ("online", "static", "plain")
+    forward, speed = ({a: [] for a in arms} for _ in range(2))
+    for row in rows:
+        plain = row["arms"]["plain"]["tokens_per_second"]
+        for arm, found in row["arms"].items():
+            forward[arm].append((row["requests"], found["tokens_per_forward"] or 0.0))
+            speed[arm].append((row["requests"], (found["tokens_per_second"] or 0.0) / plain if plain else 0.0))
+    picture = over_time(
+        {"tokens per forward": forward, "speed over plain decoding": speed},
+        title="a drafter that learns while it serves", x_label="requests", marks={"other texts": shift, "both": mix},
+    )
+    evidence_folder().mkdir(parents=True, exist_ok=True)
+    (evidence_folder() / "aurora.svg").write_text(picture, encoding="utf-8")
 
 
 def _start(folder: Path, static: Path) -> tuple[subprocess.Popen[str], str]:
