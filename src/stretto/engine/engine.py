@@ -200,7 +200,8 @@ class Engine:
         seq, stream = plan.seq, self._streams[plan.seq]
         seq.metrics.rows += plan.rows
         slots, lead = plan.slots, plan.lead
-        seq.view.append(slots[:lead])
+        if lead:
+            seq.view.append(slots[:lead])
         if commit is None:
             seq.metrics.prefill_forwards += 1
             self._share(seq)

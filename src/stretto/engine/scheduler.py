@@ -79,6 +79,8 @@ class Scheduler:
     def _admit(self) -> None:
         """Start waiting entries while there is room; a team starts as a whole, and who comes back to one that runs
         has its seat."""
+        if not self.waiting:
+            return
         teams = {e.seq.team for e in self.running if e.seq.team is not None}
         self._start([e for e in self.waiting if e.seq.team in teams])
         while self.waiting and len(self.running) < self._max_seqs:
