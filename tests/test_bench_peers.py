@@ -1,6 +1,7 @@
 """Peers: what is measured beside what, absent ones, and the file that llama.cpp reads."""
 
 import struct
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -154,3 +155,16 @@ def test_gguf_holds_the_same_weights(folder, tmp_path):
         size = weights[ours].numel() * (4 if kind == 0 else 2)
         found = torch.frombuffer(bytearray(data[start + offset : start + offset + size]), dtype=dtype).view(shape)
         assert torch.equal(found, weights[ours].to(dtype))
+
+
+def test_a_server_beside_ours_is_waited_for_and_ended(tmp_path):
+    from stretto.bench.servers import Running
+
+    served = Running([sys.executable, "-c", SERVE], "/", 1, tmp_path / "log")
+    served.close()
+    assert served._process.poll() is not None
+    with pytest.raises(RuntimeError, match="did not come up: boom"):
+        Running([sys.executable, "-c", "print('boom'); raise SystemExit(3)"], "/", 1, tmp_path / "log")
+
+
+SERVE = "import http.server, sys; http.server.HTTPServer(('127.0.0.1', int(sys.argv[-1])), http.server.SimpleHTTPRequestHandler).serve_forever()"

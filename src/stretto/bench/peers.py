@@ -21,7 +21,7 @@ from stretto.bench.peers_engines import ENGINES, Ours, write_checkpoint
 from stretto.bench.provenance import provenance
 from stretto.errors import MissingExtraError
 
-__all__ = ["SHAPES", "measure_peers"]
+__all__ = ["SHAPES", "compared", "measure_peers"]
 
 PROMPT, TOKENS = 16, 64  # tokens of the prompt and of the answer, one row
 ROWS, CONTEXTS = 16, (64, 128, 256)
@@ -126,14 +126,14 @@ def _one_row(ours: Ours, peer: Any, shape: str, rounds: int) -> dict[str, Any]:
     """Tokens per second of one prompt of PROMPT tokens, prompt included."""
     prompts, tokens = _prompts([PROMPT]), [TOKENS]
     mine, theirs = _turns(lambda: ours.decode(prompts, tokens), lambda: peer.decode(prompts, tokens), rounds)
-    return _row("one row", shape, "tokens/s", peer.name, [TOKENS / s for s in mine], [TOKENS / s for s in theirs])
+    return compared("one row", shape, "tokens/s", peer.name, [TOKENS / s for s in mine], [TOKENS / s for s in theirs])
 
 
 def _sixteen_rows(ours: Ours, peer: Any, shape: str, rounds: int) -> dict[str, Any]:
     """What a forward of 16 rows costs, in forwards of one row; lower is better."""
     mine = [ours.rows(ROWS, c) / ours.rows(1, c) for c in CONTEXTS]
     theirs = [peer.rows(ROWS, c) / peer.rows(1, c) for c in CONTEXTS]
-    return _row(f"{ROWS} rows", shape, "× one row", peer.name, mine, theirs, lower=True)
+    return compared(f"{ROWS} rows", shape, "× one row", peer.name, mine, theirs, lower=True)
 
 
 def _mixed(ours: Ours, peer: Any, shape: str, rounds: int) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def _mixed(ours: Ours, peer: Any, shape: str, rounds: int) -> dict[str, Any]:
     prompts, tokens = _work()
     total = sum(tokens)
     mine, theirs = _turns(lambda: ours.decode(prompts, tokens), lambda: peer.decode(prompts, tokens), rounds)
-    return _row(
+    return compared(
         f"batch {BATCH}, mixed lengths", shape, "tokens/s", peer.name, [total / s for s in mine],
         [total / s for s in theirs],
     )
@@ -159,7 +159,7 @@ def _batching(ours: Ours, shape: str, rounds: int) -> dict[str, Any]:
         return sum(ours.decode([p], [n]) for p, n in zip(prompts, tokens, strict=True))
 
     mine, single = _turns(lambda: ours.decode(prompts, tokens), alone, rounds)
-    return _row(
+    return compared(
         f"batch {BATCH}, mixed lengths", shape, "tokens/s", SINGLY, [total / s for s in mine],
         [total / s for s in single],
     )
@@ -175,7 +175,7 @@ def _modes(path: Path, threads: int, shape: str, quick: bool) -> list[dict[str, 
             partial(exact.decode, prompts, tokens, method), partial(loose.decode, prompts, tokens, method), rounds
         )
         figures = [TOKENS / s for s in mine], [TOKENS / s for s in theirs]
-        out.append(_row(f"{what}, deterministic", shape, "tokens/s", DEFAULT, *figures))
+        out.append(compared(f"{what}, deterministic", shape, "tokens/s", DEFAULT, *figures))
     modes = {"exact": exact, "loose": loose}
     calls = {(m, kind): engine.forward(ROWS, kind, CONTEXTS[1]) for m, engine in modes.items() for kind in KINDS}
     calls["loose", "one"] = loose.forward(1, "chain", CONTEXTS[1])
@@ -184,11 +184,13 @@ def _modes(path: Path, threads: int, shape: str, quick: bool) -> list[dict[str, 
     for kind in KINDS:
         mine, theirs = found["exact", kind], found["loose", kind]
         out.append(
-            _row(f"{ROWS} rows of a {kind}, deterministic", shape, "ms a forward", DEFAULT, mine, theirs, lower=True)
+            compared(
+                f"{ROWS} rows of a {kind}, deterministic", shape, "ms a forward", DEFAULT, mine, theirs, lower=True
+            )
         )
     one, many = found["loose", "one"], found["loose", "chain"]
     costs = [m / o for m, o in zip(many, one, strict=True)]
-    return [*out, _row(f"{ROWS} rows", shape, "× one row", ONE_ROW, costs, [1.0] * len(costs), lower=True)]
+    return [*out, compared(f"{ROWS} rows", shape, "× one row", ONE_ROW, costs, [1.0] * len(costs), lower=True)]
 
 
 def _alternately(calls: Sequence[Callable[[], object]], forwards: int) -> list[list[float]]:
@@ -220,7 +222,7 @@ def _turns(
     return a, b
 
 
-def _row(
+def compared(
     what: str, shape: str, unit: str, peer: str, mine: Sequence[float], theirs: Sequence[float], *, lower: bool = False
 ) -> dict[str, Any]:
     pairs = list(zip(mine, theirs, strict=True))

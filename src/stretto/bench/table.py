@@ -124,8 +124,9 @@ def print_peers(peers: Mapping[str, Any], console: Console | None = None) -> Non
     """Print what ``measure_peers`` found: rows, then bars, then who is absent and why."""
     out = console or Console()
     out.print(_peers(peers))
-    out.print()
-    out.print(_bars(peers))
+    if peers.get("bars"):
+        out.print()
+        out.print(_bars(peers))
     for a in peers["absent"]:
         out.print(Text(f"{a['peer']} ({a['what']}): {a['reason']}", style="dim"))
 

@@ -55,6 +55,9 @@ def bench(
     only_peers: Annotated[
         bool, typer.Option("--only-peers", help="Peers alone, with the bars; kept in evidence/peers.json.")
     ] = False,
+    servers: Annotated[
+        bool, typer.Option("--servers", help="Other servers beside 'stretto serve'; kept in evidence/servers.json.")
+    ] = False,
     fast: Annotated[
         bool, typer.Option("--fast", help="Not deterministic: 'equal' is then a share.")
     ] = False,
@@ -90,8 +93,8 @@ def bench(
         }
         _load(model, load, name, prompts, split_names(tasks), api_key, html, as_json)
         return
-    if only_peers:
-        return _only_peers(quick, threads, as_json)
+    if only_peers or servers:
+        return _beside_others("servers" if servers else "peers", quick, threads, as_json)
     if not as_json:
         typer.echo(f"stretto bench {model}: loading", err=True)
     if sweep is not None:
@@ -185,16 +188,18 @@ def _sweep(
         print_sweep(result)
 
 
-def _only_peers(quick: bool, threads: int | None, as_json: bool) -> None:
+def _beside_others(what: str, quick: bool, threads: int | None, as_json: bool) -> None:
     from stretto.bench.peers import measure_peers
     from stretto.bench.provenance import write_json
+    from stretto.bench.servers import measure_servers
     from stretto.bench.table import print_peers
     from stretto.systems import evidence_folder
 
+    measure = measure_servers if what == "servers" else measure_peers
     with progress(as_json) as report:
         say = report and partial(report, 0.0)
-        result = measure_peers(quick=quick, threads=threads, progress=say)
-    path = None if quick else str(write_json(evidence_folder() / "peers.json", result))
+        result = measure(quick=quick, threads=threads, progress=say)
+    path = None if quick else str(write_json(evidence_folder() / f"{what}.json", result))
     if as_json:
         emit({**result, "evidence": path})
     else:
