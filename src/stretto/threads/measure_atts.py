@@ -28,9 +28,9 @@ Pair = tuple[Any, Any]
 def measure(pair: Pair, wide: Pair, quick: bool) -> dict[str, Any]:
     """The claims at our scale. ``pair``: draft and target with one thread each; ``wide``: with all cores each, for the
     ways in which only one of them is at work. See ``systems/atts.py``."""
-    few, many, timed = (4, 8, 2) if quick else (16, 64, 8)
+    few, many, timed = (3, 10, 1) if quick else (10, 40, 4)
     prompts, answers = _asked(pair[0], few + many, 23)
-    held = _asked(pair[0], 12 if quick else 16, 29)[0]
+    held = _asked(pair[0], 8 if quick else 20, 29)[0]
     first = calibrate(*pair, held, setting=SETTING)
     online = Online(SHARE)
     atts(*pair, held, setting=SETTING, calibration=online)  # its warm-up: these decisions are not judged
@@ -40,7 +40,7 @@ def measure(pair: Pair, wide: Pair, quick: bool) -> dict[str, Any]:
         "first turn only": atts(*pair, prompts[few:], setting=SETTING, calibration=_firsts(first.scores[0])).rates(),
     }
     table = _table(pair, prompts[:few], answers[:few], held, first.scores[0], quick)
-    clock = _clock(pair, wide, prompts[few : few + timed], online, 2 if quick else 5)
+    clock = _clock(pair, wide, prompts[few : few + timed], online, 2 if quick else 4)
     draws = _draws(20_000 if quick else DRAWS)
     simulated = _simulated()
     return {
@@ -75,12 +75,12 @@ def _table(
     for alpha in (0.0, 0.4, 1.0) if quick else ALPHAS:
         warm = Online(alpha)
         if 0 < alpha < 1:
-            atts(*pair, held[: 6 if quick else 12], setting=SETTING, alpha=alpha, calibration=warm)
+            atts(*pair, held[: 4 if quick else 8], setting=SETTING, alpha=alpha, calibration=warm)
         ways[f"online {alpha:g}"] = {"alpha": alpha, "calibration": warm}
     ways["marginal 0.4"] = {"alpha": 0.4, "calibration": Calibration({0: firsts}, 0.4, firsts=True)}
     ways["conditional 0.4"] = {"alpha": 0.4, "coverage": "conditional"}
     warm = Online(0.4)
-    atts(*pair, held[: 6 if quick else 12], setting=SETTING, alpha=0.4, calibration=warm, on_reject="replace")
+    atts(*pair, held[: 4 if quick else 8], setting=SETTING, alpha=0.4, calibration=warm, on_reject="replace")
     ways["replace 0.4"] = {"alpha": 0.4, "calibration": warm, "on_reject": "replace"}
     return {name: _row(atts(*pair, prompts, setting=SETTING, **way), answers) for name, way in ways.items()}
 
@@ -104,7 +104,7 @@ def _clock(pair: Pair, wide: Pair, prompts: list[str], online: Tester, rounds: i
     for name, at_once in (("one at a time", 1), ("all at once", 0)):
         times: dict[str, list[float]] = {way: [] for way in ways}
         shares: dict[str, list[float]] = {"atts": [], "in step": []}
-        for _ in range(rounds):
+        for _ in range(rounds if at_once else -(-rounds // 2)):
             for way, go in ways.items():
                 found = go(at_once)
                 times[way].append(found.seconds["wall"])
