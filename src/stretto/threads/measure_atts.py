@@ -21,7 +21,7 @@ DRAFT, TARGET = "zoo:tiny-steps-draft", "zoo:tiny-steps"
 SHARE = 0.375  # 3 of 8 chains: what the ranking can take over exactly
 ALPHAS = (0.0, 0.1, 0.2, 0.4, 0.7, 1.0)
 SEED, DRAWS = 17, 100_000
-SETTING = Setting(k=8, alpha=SHARE, turns=15, chunk=32, stop=("\n",), seed=SEED)
+SETTING = Setting(k=8, alpha=SHARE, turns=15, chunk=32, stop=("\n",), seed=SEED, target_limit=8)
 Pair = tuple[Any, Any]
 
 
