@@ -121,6 +121,8 @@ class Home:
                     task.cancel()
                 await asyncio.gather(*left, return_exceptions=True)
                 session.end()
+            others = asyncio.all_tasks() - {asyncio.current_task()}  # ends that their caller no longer waits for
+            await asyncio.gather(*others, return_exceptions=True)
 
         asyncio.run_coroutine_threadsafe(all_over(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
