@@ -18,7 +18,7 @@ from stretto.errors import CapacityError, InputError, OptionError
 from stretto.threads.agents import EngineAgent, agents_of
 from stretto.threads.desk import Call, Desk, Limits
 from stretto.threads.routing import ESCALATION, TOPOLOGIES, Router
-from stretto.threads.synthesis import Candidate, Verdict, arithmetic, conflicts, consistency, merge, settle
+from stretto.threads.synthesis import Candidate, Verdict, arithmetic, conflicts, consistency, merge, merged_id, settle
 from stretto.threads.task_graph import SubTask, TaskGraph
 from stretto.threads.topologies import PROGRAMS, Report, Work
 from stretto.zoo.pages.orchestra import SPLIT, agent_text, claims
@@ -27,7 +27,7 @@ __all__ = ["Estimate", "Options", "Orchestration", "aorchestrate", "call_bound",
 
 Task = str | TaskGraph | Mapping[str, Any]
 Validator = Callable[[Candidate], Verdict | bool]
-_LINE = re.compile(r"(?m)^(\w[\w.-]{0,63}):[ \t]+(\S.*)$")
+_LINE = re.compile(r"(?m)^[ \t]*(\w[\w.-]{0,63}):[ \t]+(\S.*)$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,7 +182,7 @@ def _single_text(graph: TaskGraph) -> str:
     if len(graph.nodes) == 1 and graph.merge is None:
         return graph.nodes[0].instruction
     pairs = [(n.id, n.instruction) for n in graph.nodes]
-    return agent_text([*pairs, *([("t", graph.merge)] if graph.merge else [])])
+    return agent_text([*pairs, *([(merged_id(graph.index), graph.merge)] if graph.merge else [])])
 
 
 def _alone(agents: Any) -> EngineAgent | None:
@@ -209,7 +209,7 @@ def _plain_call(graph: TaskGraph, topology: str, agent: EngineAgent, options: Op
 
 def _values(graph: TaskGraph, text: str) -> dict[str, str]:
     found = claims(text)
-    return {i: v for i, v in found.items() if i in graph.index or i == "t"}
+    return {i: v for i, v in found.items() if i in graph.index or i == merged_id(graph.index)}
 
 
 async def _orchestrate(
@@ -248,7 +248,7 @@ async def decompose(task: str, desk: Desk, notes: list[str]) -> TaskGraph:
         agent.open(common)
     try:
         for _ in range(2):
-            call = await desk.ask("plan", [], f"{body}\n{SPLIT}{said}", tokens=4 * desk.limits.call_tokens)
+            call = await desk.ask("plan", [], f" {body}\n {SPLIT}{said}", tokens=4 * desk.limits.call_tokens)
             try:
                 return _planned(call.text, lines, common, desk.limits.max_subtasks)
             except InputError as e:

@@ -153,8 +153,8 @@ async def merge(work: Work, score: float) -> Candidate:
 
 
 def merged_id(taken: Mapping[str, Any]) -> str:
-    """The id of the synthesis: "t" unless a sub-task has it."""
-    return next(i for i in ("t", "total", "result", "synthesis") if i not in taken)
+    """The id of the synthesis: "total" unless a sub-task has it."""
+    return next(i for i in ("total", "result", "synthesis") if i not in taken)
 
 
 def arithmetic(candidate: Candidate) -> Verdict:

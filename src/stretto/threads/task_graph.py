@@ -201,10 +201,11 @@ class TaskGraph:
     def read(cls, plan: str | Mapping[str, Any], *, lines: Mapping[str, str] | None = None) -> TaskGraph:
         """From JSON: {"common", "subtasks": [{"id", "instruction", "w"}], "edges": [[u, v, coupling]], "merge"}.
 
-        ``lines``: instructions of the ids for which the plan has none. Raises InputError naming the field.
+        Short form: {id: [[source, coupling], ...]}, what each sub-task needs. ``lines``: instructions of the ids for which the plan has none. Raises InputError naming the field.
         """
         try:
-            body = _Plan.model_validate(json.loads(plan) if isinstance(plan, str) else plan)
+            given = json.loads(plan) if isinstance(plan, str) else plan
+            body = _Plan.model_validate(_spelled_out(given))
         except ValidationError as e:
             first = e.errors()[0]
             raise InputError(f"the plan's {'.'.join(map(str, first['loc'])) or 'top'} is wrong: {first['msg']}") from e
@@ -218,6 +219,16 @@ class TaskGraph:
             nodes.append(SubTask(n.id, text, n.w))
         edges = [_edge(e) for e in body.edges]
         return cls(nodes, edges, common=body.common, merge=body.merge, outputs=body.outputs)
+
+
+def _spelled_out(given: Any) -> Any:
+    """The long form of a plan in the short one."""
+    if not isinstance(given, dict) or not given or "subtasks" in given:
+        return given
+    if not all(isinstance(us, list) and all(isinstance(u, list) and u for u in us) for us in given.values()):
+        return given
+    edges = [[u[0], v, *u[1:]] for v, us in given.items() for u in us]
+    return {"subtasks": [{"id": i} for i in given], "edges": edges}
 
 
 def _edge(given: _Edge | tuple) -> Edge:

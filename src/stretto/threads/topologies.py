@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from stretto.errors import InputError
 from stretto.threads.desk import Desk, run_ready
 from stretto.threads.task_graph import COUPLING, TaskGraph
-from stretto.zoo.pages.orchestra import CHECK, PLAN, agent_text, claims
+from stretto.zoo.pages.orchestra import AGAIN, CHECK, PLAN, agent_text, claims
 
 __all__ = ["PROGRAMS", "Report", "Work", "groups_of", "hierarchical", "hybrid", "parallel", "sequential"]
 
@@ -103,7 +103,7 @@ def split_lines(text: str, ids: Sequence[str]) -> dict[str, str]:
     """Each id's part of an answer: from "id:" to the next one's; all of it where there is only one id."""
     if len(ids) == 1:
         return {ids[0]: text.strip()}
-    starts = [(m.start(), i) for i in ids if (m := re.search(rf"(?m)^{re.escape(i)}:", text))]
+    starts = [(m.start(), i) for i in ids if (m := re.search(rf"(?m)^\s*{re.escape(i)}:", text))]
     starts.sort()
     ends = [*(s for s, _ in starts[1:]), len(text)]
     found = {i: text[s:e].strip() for (s, i), e in zip(starts, ends, strict=False)}
@@ -181,7 +181,7 @@ async def _review(work: Work) -> None:
         "review", [], agent_text([], known=[r.full for r in reports], order=CHECK), tokens=desk.limits.call_tokens,
         after=sorted({r.call for r in reports}),
     )
-    found = re.match(r"fix (.+)", answer.text)
+    found = re.match(rf"\s*{AGAIN}(.+)", answer.text)
     if answer.error or not found:
         return
     named = {w.strip(" .") for w in found.group(1).split(",")}

@@ -4,8 +4,10 @@ Four kinds. wide: word problems that need nothing from each other, and their sum
 layered: word problems, sums of some of them, and a sum of sums. dense: everybody takes one of a few colours, nobody the
 same; a later layer must know what the earlier one took, and within a layer nobody sees anybody.
 
-Every answer is one line, "b: 12 + 9 = 21, 21 - 4 = 17, b = 17": the inputs it uses, its steps, and its result, so that
-results can be compared and arithmetic checked without a model. Ids are letters that are one token.
+Every answer is one line, "owl: 12 + 9 = 21, 21 - 4 = 17, owl = 17": the inputs it uses, its steps, and its result, so
+that results can be compared and arithmetic checked without a model. Ids and fixed words are tokens that zoo:tiny knows:
+its single letters were hardly ever trained and look all the same to it. Every line begins with a blank, since a word
+behind one is another token than the same word at the start of a line.
 """
 
 from __future__ import annotations
@@ -17,18 +19,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from stretto.zoo.pages.words import COLOURS, FRUIT, NAMES, TOOLS
+from stretto.zoo.pages.words import ANIMALS, COLOURS, FRUIT, NAMES, TOOLS
 
 __all__ = [
     "KINDS", "Sub", "TaskCase", "agent_text", "case", "claims", "example", "line_of", "plan_json", "solve", "valid",
 ]
 
-IDS = "bcdfghklmpsvw"
-TOTAL = "t"
+TOTAL = "total"
 KINDS = ("wide", "deep", "layered", "dense")
-SAME = "No two take the same."
-CHECK, PLAN, SPLIT = "Check.", "Plan.", "Split."
-_CLAIM = re.compile(r"\b([a-z]) = ([a-z]+|-?\d+)\b")
+SAME = "One color each, not one twice."
+CHECK, PLAN, SPLIT = "check.", "plan.", "design."
+FINE, AGAIN = "all true", "not "  # what the lead says of reports; behind the second, ids
+_CLAIM = re.compile(r"\b([A-Za-z_][\w-]*) = (-?[\w.]*\w)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ class TaskCase:
     def text(self) -> str:
         """The whole task as one reads it."""
         subs = [*self.subs, *([self.merge] if self.merge else [])]
-        return "\n".join([self.common, *(f"{s.id}: {s.text}" for s in subs)])
+        return "\n".join([self.common, *(f" {s.id}: {s.text}" for s in subs)])
 
     @property
     def values(self) -> dict[str, str]:
@@ -125,12 +127,12 @@ def agent_text(
 ) -> str:
     """What an agent is told behind the common prompt: results of others, the lead's plan, its own part, values that
     were given for it and are in doubt, and for the lead an order (PLAN, CHECK, SPLIT)."""
-    parts = ["Known:", *known] if known else []
-    parts += ["Plan:", plan] if plan else []
+    parts = ["known:", *known] if known else []
+    parts += ["plan:", *plan.splitlines()] if plan else []
     parts += [f"{i}: {text}" for i, text in instructions]
-    parts += [f"Said: {', '.join(said)}"] if said else []
+    parts += [f"says: {', '.join(said)}"] if said else []
     parts += [order] if order else []
-    return "\n".join(parts)
+    return "\n".join(f" {p.strip()}" for p in parts)
 
 
 def valid(case: TaskCase, values: Mapping[str, str]) -> bool:
@@ -142,9 +144,8 @@ def valid(case: TaskCase, values: Mapping[str, str]) -> bool:
 
 
 def plan_json(case: TaskCase) -> str:
-    """The task graph as a model writes it: instructions are the lines of the task."""
-    nodes = [{"id": s.id} for s in case.subs]
-    return json.dumps({"subtasks": nodes, "edges": [list(e) for e in case.edges]}, separators=(",", ":"))
+    """The task graph as a model writes it: what each part needs, and how much; instructions are the task's lines."""
+    return json.dumps({s.id: [[u, c] for u, v, c in case.edges if v == s.id] for s in case.subs})
 
 
 def case(rng: random.Random, kind: str) -> TaskCase:
@@ -162,7 +163,7 @@ def _leaf(rng: random.Random, id: str) -> Sub:
                    ("steps", ((a, "+", b), (None, "-", c))))
     if form == 1:
         a, b, c = (rng.randint(3, 20) for _ in range(3))
-        return Sub(id, f"One box holds {a} {thing}s, {b} {other}s and {c} more.",
+        return Sub(id, f"a box holds {a} {thing}s, {b} {other}s and {c} more.",
                    ("steps", ((a, "+", b), (None, "+", c))))
     n, p, e = rng.randint(2, 7), rng.randint(2, 7), rng.randint(1, 15)
     return Sub(id, f"{n} {thing}s for {p} coins each and {e} coins for the bus.",
@@ -174,13 +175,13 @@ def _add(id: str, sources: Sequence[str]) -> Sub:
 
 
 def _wide(rng: random.Random) -> TaskCase:
-    ids = rng.sample(IDS, rng.randint(4, 6))
+    ids = rng.sample(ANIMALS, rng.randint(4, 6))
     leaves = tuple(_leaf(rng, i) for i in ids)
-    return TaskCase("wide", "Find the total.", leaves, (), TOTAL, _add(TOTAL, ids))
+    return TaskCase("wide", "We find the total.", leaves, (), TOTAL, _add(TOTAL, ids))
 
 
 def _deep(rng: random.Random) -> TaskCase:
-    ids = rng.sample(IDS, rng.randint(5, 8))
+    ids = rng.sample(ANIMALS, rng.randint(5, 8))
     subs, value = [_leaf(rng, ids[0])], 0
     value = int(solve(subs[0], {})[1])
     for source, id in pairwise(ids):
@@ -189,13 +190,13 @@ def _deep(rng: random.Random) -> TaskCase:
         value += n
         subs.append(Sub(id, f"{source} {'minus' if n < 0 else 'plus'} {abs(n)}.", ("plus", source, n)))
     edges = tuple((a, b, 0.7) for a, b in pairwise(ids))
-    return TaskCase("deep", "Go step by step.", tuple(subs), edges, ids[-1])
+    return TaskCase("deep", "One by one.", tuple(subs), edges, ids[-1])
 
 
 def _layered(rng: random.Random) -> TaskCase:
     """Three or four leaves, sums of two of them, a shift of each sum, and the sum of those."""
     m = rng.randint(3, 4)
-    ids = rng.sample(IDS, m + 2 + rng.randint(1, 2) + 1)
+    ids = rng.sample(ANIMALS, m + 2 + rng.randint(1, 2) + 1)
     leaves, rest = ids[:m], ids[m:]
     subs = [_leaf(rng, i) for i in leaves]
     edges: list[tuple[str, str, float]] = []
@@ -211,14 +212,14 @@ def _layered(rng: random.Random) -> TaskCase:
     last = [*shifts, *sums[len(shifts):]]
     subs.append(_add(rest[-1], last))
     edges += [(x, rest[-1], 0.3) for x in last]
-    return TaskCase("layered", "Find the last number.", tuple(subs), tuple(edges), rest[-1])
+    return TaskCase("layered", "We find the target.", tuple(subs), tuple(edges), rest[-1])
 
 
 def _dense(rng: random.Random) -> TaskCase:
     """Two layers; everybody of the second must know everybody of the first. Taking the first open colour works."""
     while True:
         n = rng.randint(6, 7)
-        ids, colours = rng.sample(IDS, n), rng.sample(COLOURS, 8)
+        ids, colours = rng.sample(ANIMALS, n), rng.sample(COLOURS, 8)
         subs = []
         for id in ids:
             options = rng.sample(colours, 4)
@@ -232,10 +233,10 @@ def _dense(rng: random.Random) -> TaskCase:
 
 def example(rng: random.Random, task: TaskCase) -> tuple[str, str]:
     """(prompt, answer) of one call that an orchestration of ``task`` may make, in any topology."""
-    form = rng.choices(("work", "many", "plan", "check", "said", "split"), (52, 20, 9, 7, 7, 5))[0]
+    form = rng.choices(("work", "many", "plan", "check", "said", "split"), (54, 18, 9, 7, 7, 5))[0]
     makers = {"work": _work, "many": _many, "plan": _plan, "check": _check, "said": _said, "split": _split}
     text, answer = makers[form](rng, task)
-    return f"{task.common}\n{text}", answer
+    return f"{task.common}\n{text}", "\n".join(f" {line}" if form != "split" else line for line in answer.splitlines())
 
 
 def _pairs(subs: Sequence[Sub]) -> list[tuple[str, str]]:
@@ -304,7 +305,7 @@ def _plan_lines(task: TaskCase) -> str:
     if task.kind == "dense":
         return "\n".join(line for line, _ in _reports(random.Random(0), task).values())
     needs = {s.id: [u for u, v, _ in task.edges if v == s.id] for s in task.subs}
-    return "\n".join(f"{i}: from {', '.join(us)}" for i, us in needs.items() if us) or "ok"
+    return "\n".join(f"{i}: from {', '.join(us)}" for i, us in needs.items() if us) or "all open"
 
 
 def _plan(rng: random.Random, task: TaskCase) -> tuple[str, str]:
@@ -312,7 +313,7 @@ def _plan(rng: random.Random, task: TaskCase) -> tuple[str, str]:
 
 
 def _check(rng: random.Random, task: TaskCase) -> tuple[str, str]:
-    """The lead reads all reports: "ok", or whose part must be done again."""
+    """The lead reads all reports: all true, or whose part must be done again."""
     right = _reports(rng, task)
     reports = _reports(rng, task, wrong=0.15 if rng.random() < 0.6 else 0.0)
     known: dict[str, str] = {}
@@ -324,7 +325,7 @@ def _check(rng: random.Random, task: TaskCase) -> tuple[str, str]:
         ):
             bad.append(s.id)
         known[s.id] = value
-    answer = f"fix {', '.join(bad)}" if bad else "ok"
+    answer = AGAIN + ", ".join(bad) if bad else FINE
     return agent_text([], known=[line for line, _ in reports.values()], order=CHECK), answer
 
 
