@@ -201,7 +201,8 @@ class TaskGraph:
     def read(cls, plan: str | Mapping[str, Any], *, lines: Mapping[str, str] | None = None) -> TaskGraph:
         """From JSON: {"common", "subtasks": [{"id", "instruction", "w"}], "edges": [[u, v, coupling]], "merge"}.
 
-        Short form: {id: [[source, coupling], ...]}, what each sub-task needs. ``lines``: instructions of the ids for which the plan has none. Raises InputError naming the field.
+        Short form: {id: [[source, coupling], ...]}, what each sub-task needs. ``lines``: instructions of the ids for
+        which the plan has none. Raises InputError naming the field.
         """
         try:
             given = json.loads(plan) if isinstance(plan, str) else plan

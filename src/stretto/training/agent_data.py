@@ -15,6 +15,7 @@ from stretto.zoo.pages import orchestra
 __all__ = ["agent_data", "agent_tests", "cases"]
 
 POOL = 1024
+SHARE = {"wide": 0.2, "deep": 0.2, "layered": 0.2, "dense": 0.4}  # whether a colour was seen is learnt last
 
 
 def cases(split: str, kind: str, n: int, seed: int) -> list[orchestra.TaskCase]:
@@ -36,12 +37,12 @@ def _document(rng: random.Random, case: orchestra.TaskCase, length: int) -> Docu
 
 
 def agent_data(recipe: Recipe, *, pad_id: int) -> PackedData:
-    """Batches of the training split, the kinds in equal shares."""
+    """Batches of the training split, the kinds by ``SHARE``."""
 
     def pool(k: int) -> list[Document]:
         number = recipe.seed * 1_000_003 + k
         rng = random.Random(f"agents/{number}")
-        every = [c for kind in orchestra.KINDS for c in cases("train", kind, POOL // len(orchestra.KINDS), number)]
+        every = [c for kind, share in SHARE.items() for c in cases("train", kind, round(POOL * share), number)]
         return [_document(rng, c, recipe.length) for c in every]
 
     return PackedData(pool, rows=recipe.rows, length=recipe.length, pad_id=pad_id, seed=recipe.seed)

@@ -264,7 +264,7 @@ _ALL: tuple[AnyRecipe, ...] = (
     ),
     Recipe(
         name="zoo-tiny-agents", purpose="does one agent's part of a task of several (AdaptOrch), from zoo:tiny",
-        pages="orchestra", base="zoo:tiny", minutes=14, rows=4, length=384, lr=3e-3, adam_lr=3e-3, warmup=30,
+        pages="orchestra", base="zoo:tiny", minutes=24, rows=4, length=384, lr=3e-3, adam_lr=3e-3, warmup=30,
         decay=0.5, average=0.99, weights={},
     ),
     PartRecipe(

@@ -266,9 +266,11 @@ def _spoil(rng: random.Random, s: Sub, line: str, value: str, known: Mapping[str
 def _work(rng: random.Random, task: TaskCase) -> tuple[str, str]:
     """One worker (or the sum at the end), who sees its predecessors, or all that came before, or the lead's plan."""
     reports = _reports(rng, task, wrong=0.03)
-    pool = [*task.subs, *([task.merge] * 2 if task.merge else [])]
+    pool = [*task.subs, *([task.merge] * 4 if task.merge else [])]
+    if task.kind == "dense" and rng.random() < 0.7:
+        pool = pool[len(pool) // 2 :]  # those who must look what is taken
     sub = rng.choice(pool)
-    before = list(reports)[: pool.index(sub)] if sub in task.subs else list(reports)
+    before = list(reports)[: task.subs.index(sub)] if sub in task.subs else list(reports)
     direct = [u for u, v, _ in task.edges if v == sub.id] or (before if sub is task.merge else [])
     plan = rng.random() < 0.2
     seen = before if rng.random() < 0.45 and not plan else [b for b in before if b in direct]
