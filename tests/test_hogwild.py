@@ -16,6 +16,7 @@ from stretto.errors import CapacityError, InputError, OptionError, UnknownNameEr
 from stretto.shared import Shared
 from stretto.threads.hogwild import LAYOUTS, Collaboration, acollaborate, collaborate
 from stretto.threads.hogwild_texts import Texts
+from stretto.threads.measure_hogwild import Run, majority, read_steps
 from stretto.training.nets import PackedNet
 from stretto.training.worker_data import lay_traces
 from stretto.training.worker_traces import TEXTS, ids, problems, simulate
@@ -218,3 +219,14 @@ def test_runs_are_what_was_trained(llm, monkeypatch, layout, workers, check):
         want = torch.log_softmax(net.logits(hidden[script.rows]), -1)
     got = torch.log_softmax(torch.stack(script.logits), -1)[:, : want.shape[1]]
     assert torch.allclose(got, want, atol=1e-4, rtol=1e-5)  # of laws down to e^-32
+
+
+def test_how_runs_are_counted():
+    problem = problems("test", 1, 8, (3, 3))[0]
+    a, b, c = problem.items
+    wrong = (b[0], b[1], b[2] + 1)
+    run = Run(problem, [(5, a), (9, wrong), (9, c), (14, b), (20, c)], "all", 21, 0.1)
+    assert (run.written, run.solved, run.again) == (9, 14, 2)
+    assert Run(problem, [(5, a)], None, 5, 0.1).written is None
+    assert read_steps(f" Ada:{problem.step(a[0])}\n Ben: twice? no.{problem.step(b[0])}") == [a, b]
+    assert majority([[a, wrong], [b], [b, c]]) == {a, b, c} and majority([[wrong], [b]]) == {wrong}
