@@ -36,10 +36,15 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
-    keys: Tensor  # int64
-    columns: slice  # among the keys of its group
-    angles: tuple[Tensor, Tensor]  # from where a row was written to its place for the piece, [r, 1, D]
+class _Plan:
+    """Of a group: p pieces, m keys."""
+
+    rows: Tensor  # int64 [r]
+    keys: Tensor  # int64 [m] numbers of the keys
+    values: Tensor  # int64 [m] rows of their values
+    columns: list[slice]  # of each piece
+    hidden: Tensor  # bool [r, m]
+    there: tuple[Tensor, Tensor]  # angles from where a row was written to its place for each piece, [p r, 1, D]
     back: tuple[Tensor, Tensor]
 
 
@@ -48,79 +53,76 @@ class SegmentContext:
 
     def __init__(self, config: ModelConfig, groups: Sequence[Group], positions: Tensor, moved_by: Tensor):
         rotary = Rotary(config.rope, config.head_dim, config.max_position_embeddings)
-        self._groups, self._scale = groups, rotary.scale
+        self._scale = rotary.scale
         self._moved = rotary(moved_by, torch.float32)
-        self._pieces = [list(_pieces(g, positions, rotary)) for g in groups]
-        self._keys = [torch.cat(list(g.keys)) % len(positions) for g in groups]
-        self._hidden = [~g.mask for g in groups]
-        order = torch.cat([g.rows for g in groups])
-        self._place = torch.empty_like(order)
-        self._place[order] = torch.arange(len(order), device=order.device)
+        self._plans = [_plan(g, positions, rotary) for g in groups]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [n, A, D], k and v [n, G, D], rotated at ``positions`` -> [n, A, D]"""
         both = torch.cat([k, turn(k, self._moved, self._scale)])
-        outs: Any = _Attention.apply(q * q.shape[-1] ** -0.5, both, v, self)
+        outs: Any = _Attention.apply(q * q.shape[-1] ** -0.5, both, v, self._plans)
         return outs
 
 
-def _pieces(group: Group, positions: Tensor, rotary: Rotary) -> Any:
-    at = 0
-    for keys, query in zip(group.keys, group.at, strict=True):
-        cos, sin = (x / rotary.scale for x in rotary(query - positions[group.rows], torch.float32))
-        yield _Piece(keys, slice(at, at + len(keys)), (cos, sin), (cos, -sin))
-        at += len(keys)
+def _plan(group: Group, positions: Tensor, rotary: Rotary) -> _Plan:
+    keys = torch.cat(list(group.keys))
+    ends = [sum(len(k) for k in group.keys[: i + 1]) for i in range(len(group.keys))]
+    columns = [slice(end - len(k), end) for end, k in zip(ends, group.keys, strict=True)]
+    by = torch.cat([at - positions[group.rows] for at in group.at])
+    cos, sin = (x / rotary.scale for x in rotary(by, torch.float32))
+    return _Plan(group.rows, keys, keys % len(positions), columns, ~group.mask, (cos, sin), (cos, -sin))
 
 
 class _Attention(torch.autograd.Function):
-    """All groups of a layer. By hand, since the many small operations of autograd would take twice the time."""
+    """All groups of a layer. By hand, since the many small operations of autograd would take several times as long."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, c: SegmentContext) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plans: Sequence[_Plan]) -> Tensor:
         """q [n, A, D] with the softmax scale, k [2 n, G, D], v [n, G, D] -> [n, A, D]"""
-        out, laws = torch.empty_like(q), []
-        for g, pieces, keys, hidden in zip(c._groups, c._pieces, c._keys, c._hidden, strict=True):
-            rows, r, kv = q[g.rows], len(g.rows), v.shape[1]
-            scores = q.new_empty(kv, q.shape[1] // kv * r, len(keys))
-            for p in pieces:
-                torch.bmm(
-                    _by_head(apply_rope(rows, *p.angles), kv), k[p.keys].permute(1, 2, 0), out=scores[..., p.columns]
-                )
-            scores.view(kv, -1, *hidden.shape).masked_fill_(hidden, -torch.inf)
-            law = torch.softmax(scores, -1)
-            laws.append(law)
-            out[g.rows] = _by_row(law @ v[keys].transpose(0, 1), r)
-        ctx.save_for_backward(q, k, v, *laws)
-        ctx.context = c
+        out, kept, kv = torch.empty_like(q), [], v.shape[1]
+        for p in plans:
+            turned = _by_head(apply_rope(q[p.rows].repeat(len(p.columns), 1, 1), *p.there), kv, len(p.columns))
+            keys = k[p.keys].permute(1, 2, 0)
+            law = q.new_empty(kv, turned.shape[2], len(p.keys))
+            for i, columns in enumerate(p.columns):
+                torch.bmm(turned[i], keys[..., columns], out=law[..., columns])
+            law.view(kv, -1, *p.hidden.shape).masked_fill_(p.hidden, -torch.inf)
+            law = torch.softmax(law, -1)
+            out[p.rows] = _by_row((law @ v[p.values].transpose(0, 1))[None], len(p.rows))
+            kept += [turned, law]
+        ctx.save_for_backward(q, k, v, *kept)
+        ctx.plans = plans
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        q, k, v, *laws = ctx.saved_tensors
-        c, d_out = ctx.context, grads[0]
+        q, k, v, *kept = ctx.saved_tensors
+        kv, d_out = v.shape[1], grads[0]
         dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
-        for g, pieces, keys, law in zip(c._groups, c._pieces, c._keys, laws, strict=True):
-            rows, r, kv = q[g.rows], len(g.rows), v.shape[1]
-            d_rows = _by_head(d_out[g.rows], kv)
-            dv.index_add_(0, keys, (law.transpose(1, 2) @ d_rows).transpose(0, 1))
-            d = (d_rows @ v[keys].permute(1, 2, 0)).mul_(law)
+        for p, turned, law in zip(ctx.plans, kept[::2], kept[1::2], strict=True):
+            d_rows = _by_head(d_out[p.rows], kv, 1)[0]
+            dv.index_add_(0, p.values, (law.transpose(1, 2) @ d_rows).transpose(0, 1))
+            d = (d_rows @ v[p.values].permute(1, 2, 0)).mul_(law)
             d.addcmul_(law, d.sum(-1, keepdim=True), value=-1)
-            d_q = torch.zeros_like(rows)
-            for p in pieces:
-                part, there = d[..., p.columns], _by_head(apply_rope(rows, *p.angles), kv)
-                d_q += apply_rope(_by_row(part @ k[p.keys].transpose(0, 1), r), *p.back)
-                dk.index_add_(0, p.keys, (part.transpose(1, 2) @ there).transpose(0, 1))
-            dq[g.rows] = d_q
+            keys, d_turned = k[p.keys].transpose(0, 1), torch.empty_like(turned)
+            d_keys = torch.empty_like(keys)
+            for i, columns in enumerate(p.columns):
+                torch.bmm(d[..., columns], keys[:, columns], out=d_turned[i])
+                d_keys[:, columns] = d[..., columns].transpose(1, 2) @ turned[i]
+            dk.index_add_(0, p.keys, d_keys.transpose(0, 1))
+            back = apply_rope(_by_row(d_turned, len(p.rows)), *p.back)
+            dq[p.rows] = back.view(len(p.columns), len(p.rows), *back.shape[1:]).sum(0)
         return dq, dk, dv, None
 
 
-def _by_head(x: Tensor, kv: int) -> Tensor:
-    """[r, A, D] -> [G, R * r, D]"""
-    r, heads, dim = x.shape
-    return x.view(r, kv, heads // kv, dim).permute(1, 2, 0, 3).reshape(kv, heads // kv * r, dim)
+def _by_head(x: Tensor, kv: int, pieces: int) -> Tensor:
+    """[p r, A, D] -> [p, G, R r, D]"""
+    n, heads, dim = x.shape
+    r = n // pieces
+    return x.view(pieces, r, kv, heads // kv, dim).permute(0, 2, 3, 1, 4).reshape(pieces, kv, heads // kv * r, dim)
 
 
 def _by_row(x: Tensor, r: int) -> Tensor:
-    """[G, R * r, D] -> [r, A, D]"""
-    kv, _, dim = x.shape
-    return x.view(kv, -1, r, dim).permute(2, 0, 1, 3).reshape(r, -1, dim)
+    """[p, G, R r, D] -> [p r, A, D]"""
+    p, kv, _, dim = x.shape
+    return x.view(p, kv, -1, r, dim).permute(0, 3, 1, 2, 4).reshape(p * r, -1, dim)
