@@ -154,7 +154,7 @@ def _same_forwards(runs: Mapping[str, Sequence[Run]], table: Mapping[str, Row], 
     name = f"{workers} combined"
     if table[name]["all_written"] == 0:
         return {"forwards": 0, "together": 0.0, "one": 0.0, "voting": 0.0, "written by both": 0.0}
-    budget = round(1.1 * table[name]["forwards_items"])
+    budget = round(1.15 * table[name]["forwards_items"])
     pairs = [
         [{item[0] for item in r.seen(budget)} for r in rs]
         for rs in zip(runs["1 combined"], runs["sampled 1"], strict=True)
