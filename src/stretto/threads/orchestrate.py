@@ -288,10 +288,11 @@ async def _rounds(
     """Escalate from ``chosen`` on until a result passes."""
     ways = ESCALATION[ESCALATION.index(chosen):] if options.escalate else (chosen,)
     kept: dict[str, Report] = {}
+    refused: dict[str, list[str]] = {}
     best: tuple[tuple[float, float], Candidate] | None = None
     ran: list[str] = []
     for way in ways:
-        work = Work(graph, desk, dict(kept), blind=options.blind, notes=notes)
+        work = Work(graph, desk, dict(kept), options.blind, refused, notes)
         ran.append(way)
         try:
             candidate = await _round(work, way, options)
@@ -308,6 +309,10 @@ async def _rounds(
             return _result(desk, candidate, True, ran, rule, graph, notes)
         notes.append(f"{way}: {verdict.reason or 'the validator said no'}")
         kept = _keep(work, verdict)
+        for id in sorted(verdict.faulty):
+            value = candidate.values.get(id)
+            if value is not None and value not in refused.setdefault(id, []):
+                refused[id].append(value)
         desk.round += 1
     assert best is not None
     return _result(desk, best[1], False, ran, rule, graph, notes)
@@ -322,7 +327,7 @@ async def _round(work: Work, way: str, options: Options) -> Candidate:
     if disputed and score < options.theta_cs:
         await settle(work, disputed)
         score = _score(work, lam, embed)
-    return await merge(work, score)
+    return await merge(work, score, full=way in ("hierarchical", "sequential"))
 
 
 def _score(work: Work, lam: float, embed: Any) -> float:

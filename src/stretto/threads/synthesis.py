@@ -134,15 +134,21 @@ async def settle(work: Work, disputed: Mapping[str, Sequence[str]]) -> None:
             work.reports[id] = before[id]
 
 
-async def merge(work: Work, score: float) -> Candidate:
-    """One synthesis call where the task says what to do with all results; else they are the answer as they are."""
+async def merge(work: Work, score: float, *, full: bool = False) -> Candidate:
+    """One synthesis call where the task says what to do with all results; else they are the answer as they are.
+
+    ``full``: it reads whole reports, not the results alone."""
     graph = work.graph
     values = {r.id: r.value for r in work.reports.values() if r.value is not None}
     texts = {r.id: r.text for r in work.reports.values()}
     if graph.merge is None:
         return Candidate("\n".join(work.reports[o].full for o in graph.outputs), values, texts, score)
     id = merged_id(graph.index)
-    text = agent_text([(id, graph.merge)], known=[work.reports[n.id].short for n in graph.nodes])
+    reports = [work.reports[n.id] for n in graph.nodes]
+    known = [r.full if full else r.short for r in reports]
+    if full and not work.desk.fits(agent_text([(id, graph.merge)], known=known), 2 * work.desk.limits.call_tokens):
+        known = [r.short for r in reports]
+    text = agent_text([(id, graph.merge)], known=known, said=work.doubts([id]))
     after = sorted({r.call for r in work.reports.values()})
     call = await work.desk.ask("synthesis", [id], text, tokens=2 * work.desk.limits.call_tokens, after=after)
     if call.error:

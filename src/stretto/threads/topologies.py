@@ -12,7 +12,7 @@ A program fills ``Work.reports``; what is there already (reused) is not done aga
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from stretto.errors import InputError
@@ -59,12 +59,14 @@ class Report:
 
 @dataclass
 class Work:
-    """A round under way. ``blind``: parallel passes nothing on (the paper's plain form, for comparison)."""
+    """A round under way. ``blind``: parallel passes nothing on (the paper's plain form, for comparison). ``refused``:
+    id -> values that the validator did not accept in earlier rounds; who is asked again is told of them."""
 
     graph: TaskGraph
     desk: Desk
     reports: dict[str, Report] = field(default_factory=dict)
     blind: bool = False
+    refused: Mapping[str, Sequence[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def text_of(self, i: int) -> tuple[str, str]:
@@ -78,6 +80,7 @@ class Work:
         """One call for the sub-tasks ``ids``; ``seen``: others whose reports it reads, and whether in full."""
         tokens = self.desk.limits.call_tokens * len(ids)
         pairs = [self.text_of(i) for i in ids]
+        said = said or self.doubts([p[0] for p in pairs])
         before = [(self.reports[self.graph.nodes[u].id], full) for u, full in seen]
 
         def text(full: Callable[[bool], bool]) -> str:
@@ -94,6 +97,10 @@ class Work:
             self.reports[id] = Report(id, part, call.number, failed=call.error is not None or not part.strip())
         if call.error:
             self.notes.append(f"{'+'.join(p[0] for p in pairs)} failed: {call.error}")
+
+    def doubts(self, ids: Iterable[str]) -> list[str]:
+        """What was refused of these, as an agent is told."""
+        return [f"{i} = {v}" for i in ids for v in self.refused.get(i, ())]
 
     def todo(self, ids: Iterable[int]) -> list[int]:
         return [i for i in ids if self.graph.nodes[i].id not in self.reports]

@@ -233,7 +233,7 @@ def _dense(rng: random.Random) -> TaskCase:
 
 def example(rng: random.Random, task: TaskCase) -> tuple[str, str]:
     """(prompt, answer) of one call that an orchestration of ``task`` may make, in any topology."""
-    form = rng.choices(("work", "many", "plan", "check", "said", "split"), (54, 18, 9, 7, 7, 5))[0]
+    form = rng.choices(("work", "many", "plan", "check", "said", "split"), (52, 18, 8, 7, 10, 5))[0]
     makers = {"work": _work, "many": _many, "plan": _plan, "check": _check, "said": _said, "split": _split}
     text, answer = makers[form](rng, task)
     return f"{task.common}\n{text}", "\n".join(f" {line}" if form != "split" else line for line in answer.splitlines())
@@ -334,8 +334,8 @@ def _check(rng: random.Random, task: TaskCase) -> tuple[str, str]:
 def _said(rng: random.Random, task: TaskCase) -> tuple[str, str]:
     """A part that is in doubt, with the values that were given for it."""
     reports = _reports(rng, task)
-    sub = rng.choice(task.subs)
-    direct = [u for u, v, _ in task.edges if v == sub.id]
+    sub = rng.choice([*task.subs, *([task.merge] * 3 if task.merge else [])])
+    direct = [u for u, v, _ in task.edges if v == sub.id] if sub is not task.merge else list(reports)
     others = task.kind == "dense" or rng.random() < 0.5
     seen = [i for i in reports if i != sub.id] if others else direct
     known = {i: reports[i][1] for i in seen}
