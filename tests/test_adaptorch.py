@@ -620,6 +620,11 @@ def test_a_single_step_is_the_plain_call(llm):
     assert out.answer == plain[0].outputs[0].text and out.calls == 1 and out.topologies == ["single"]
 
 
+def test_a_whole_task_in_one_call_keeps_to_the_context(llm):
+    out = orchestrate(graph(12, []), "single", agents=llm)
+    assert out.calls == 1 and 0 < out.tokens <= llm.max_model_len and set(out.topologies) == {"single"}
+
+
 def test_orchestrations_share_an_engine(llm):
     async def both():
         a, b = (aorchestrate(graph(2, []), agents=llm, validator=lambda c: True,

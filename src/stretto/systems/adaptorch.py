@@ -19,7 +19,7 @@ def evidence(quick: bool) -> Mapping[str, Any]:
     if MODEL.removeprefix("zoo:") not in available():
         note = f"{MODEL} is not there: stretto train zoo-tiny-agents, then its folder into the zoo"
         return {"claims": claims_of(SYSTEM, {c.name: ("not measured", "", False, note) for c in SYSTEM.claims})}
-    llm = LLM(MODEL)
+    llm = LLM(MODEL, max_num_seqs=160)
     found = measure(llm, quick)
     return {
         "claims": claims_of(SYSTEM, {

@@ -195,9 +195,10 @@ def _plain_call(graph: TaskGraph, topology: str, agent: EngineAgent, options: Op
     start, text = time.perf_counter(), _single_text(graph)
     if graph.common:
         text = f"{graph.common}\n{text}"
-    prompt = agent.llm.chat_prompt([{"role": "user", "content": text}])
-    params = agent.capped(options.limits.call_tokens * len(graph.nodes) * (1 + (graph.merge is not None)))
-    out = agent.llm.generate(prompt, params, method=agent.method, options=agent.options)[0].outputs[0]
+    ids = agent.llm.tokenizer.encode(agent.llm.chat_prompt([{"role": "user", "content": text}]))
+    tokens = options.limits.call_tokens * len(graph.nodes) * (1 + (graph.merge is not None))
+    params = agent.capped(max(1, min(tokens, agent.llm.max_model_len - len(ids))))
+    out = agent.llm.generate([ids], params, method=agent.method, options=agent.options)[0].outputs[0]
     seconds = time.perf_counter() - start
     return Orchestration(
         out.text, _values(graph, out.text), out.finish_reason != "length", ["single"],
