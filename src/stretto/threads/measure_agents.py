@@ -78,7 +78,7 @@ def rules(case: TaskCase) -> Callable[[Candidate], Verdict]:
 
 def measure(llm: Any, quick: bool) -> dict[str, Any]:
     """Everything the claims need; see ``systems/adaptorch.py``. ``llm``: MODEL."""
-    n, timed, planned = (5, 1, 5) if quick else (50, 3, 25)
+    n, timed, planned = (5, 1, 5) if quick else (40, 3, 20)
     tasks = {kind: cases("test", kind, n, SEED) for kind in KINDS}
     orchestrate(task_of(tasks["wide"][0]), agents=llm)  # kernels
     runs = {arm: [r for kind in KINDS for r in _all(llm, tasks[kind], arm)] for arm in ARMS}
