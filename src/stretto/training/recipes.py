@@ -250,7 +250,7 @@ _ALL: tuple[AnyRecipe, ...] = (
     ),
     Recipe(
         name="zoo-tiny-steps-draft", purpose="the cheap half of zoo:tiny-steps, right less often, from zoo:tiny-draft",
-        objective="worked_steps", base="zoo:tiny-draft", hidden=96, layers=2, heads=3, kv_heads=1, ffn=256, minutes=4,
+        objective="worked_steps", base="zoo:tiny-draft", hidden=96, layers=2, heads=3, kv_heads=1, ffn=256, minutes=2,
         rows=6, length=400, lr=3e-3, adam_lr=3e-3, warmup=20, decay=0.6, weights={},
     ),
     Recipe(
