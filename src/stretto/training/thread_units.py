@@ -44,8 +44,8 @@ TASKS: dict[str, Callable[[random.Random], reasoning.Case]] = {
     "rows": _rows, "tree": lambda rng: reasoning.tree(rng, rng.choice([3, 4, 4]), 4, "Sum Max"),
     "serial": reasoning.serial,
 }
-SHARES = {"rows": 1.0, "tree": 1.0, "serial": 0.4}
-WAYS = {"auto": 0.5, "parallel": 0.2, "sequential": 0.3}  # shares of the training mix
+SHARES = {"rows": 1.0, "tree": 1.0, "serial": 0.25}
+WAYS = {"auto": 0.6, "parallel": 0.1, "sequential": 0.3}  # shares of the training mix
 
 
 def cases(split: str, n: int, seed: int, task: str | None = None) -> list[reasoning.Case]:

@@ -82,9 +82,7 @@ def _supervised(
     minutes: float | None, steps: int | None,
 ) -> dict[str, Any]:
     examples = pool or (lambda k: thread_units.supervised("train", POOL, recipe.seed * 1_000_003 + k))
-    data = TrieData(
-        examples, rows=recipe.rows, length=recipe.length, pad_id=special_ids()["<|pad|>"], seed=recipe.seed
-    )
+    data = TrieData(examples, rows=recipe.rows, length=None, pad_id=special_ids()["<|pad|>"], seed=recipe.seed)
     config = TrainConfig(
         steps=steps, minutes=minutes, seed=recipe.seed, lr=recipe.lr, adam_lr=recipe.adam_lr, warmup=recipe.warmup,
         decay=recipe.decay, average=recipe.average,

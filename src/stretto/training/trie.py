@@ -177,10 +177,11 @@ def _fill(rows: list[list[_Flat]], length: int, pad_id: int) -> TrieBatch:
 
 class TrieData:
     """An endless, resumable supply of batches. ``pool(k)`` gives the examples of pool number k (lists of units, or what
-    ``pack`` takes); ``after(k)``: the number of the pool that follows."""
+    ``pack`` takes); ``after(k)``: the number of the pool that follows. ``length`` None: an example a row, those of a
+    batch of like size (of lists of units only): less attention to what is not seen."""
 
     def __init__(
-        self, pool: Callable[[int], Sequence[Any]], *, rows: int, length: int, pad_id: int, seed: int = 0,
+        self, pool: Callable[[int], Sequence[Any]], *, rows: int, length: int | None, pad_id: int, seed: int = 0,
         pack: Callable[..., Any] = pack_tries, after: Callable[[int], int] = lambda k: k + 1,
     ):
         self._pool, self.rows, self.length, self.pad_id, self.seed = pool, rows, length, pad_id, seed
@@ -188,6 +189,8 @@ class TrieData:
         self.position = (0, 0)
 
     def _batches(self, k: int) -> list[Any]:
+        if self.length is None:
+            return self._alike(k)
         packed = self._pack(self._pool(k), self.length, pad_id=self.pad_id)
         order = list(range(len(packed.tokens)))
         random.Random(f"{self.seed}/{k}").shuffle(order)
@@ -196,6 +199,12 @@ class TrieData:
             type(packed)(*(getattr(packed, f.name)[order[i : i + self.rows]] for f in fields(packed)))
             for i in range(0, used, self.rows)
         ]
+
+    def _alike(self, k: int) -> list[Any]:
+        sized = sorted(((size_of(e), i, e) for i, e in enumerate(self._pool(k))), key=lambda x: x[:2])
+        groups = [sized[i : i + self.rows] for i in range(0, len(sized), self.rows)]
+        random.Random(f"{self.seed}/{k}").shuffle(groups)
+        return [self._pack([e for _, _, e in g], max(n for n, _, _ in g), pad_id=self.pad_id) for g in groups]
 
     def __iter__(self) -> Iterator[Any]:
         while True:
