@@ -133,8 +133,9 @@ def test_leaving_early_frees_everything(llm):
 
 def test_a_context_that_fills_up_ends_the_run(llm):
     small = LLM("zoo:tiny", dtype="float32", max_model_len=200, enable_prefix_caching=False)
-    r = collaborate(small, TASK, workers=4, texts=STAY, max_steps=190)
-    assert r.ended == "length" and 0 < r.forwards < 40 and small.runner.alloc.used == 0
+    for steps in (190, 5000):
+        r = collaborate(small, TASK, workers=4, texts=STAY, max_steps=steps)
+        assert r.ended == "length" and 0 < r.forwards < 40 and small.runner.alloc.used == 0
 
 
 def test_bad_input(llm):

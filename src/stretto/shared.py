@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from stretto.engine.cache import View
@@ -80,12 +80,13 @@ class Shared:
         """
         session = self.session
         method = method or session.llm.method("ar")
-        longest = self.length(line) + 1
-        if longest > session.llm.engine.host.max_model_len:
+        longest, limit = self.length(line) + 1, session.llm.host.max_model_len
+        if longest > limit:
             raise CapacityError(
-                f"thread {line.id} would read {longest} tokens: at most {session.llm.engine.host.max_model_len} "
-                "(max_model_len); a line's view holds everybody's tokens"
+                f"thread {line.id} would read {longest} tokens: at most {limit} (max_model_len); a line's view holds "
+                "everybody's tokens"
             )
+        params = replace(params, max_tokens=min(params.max_tokens, limit - longest + 1))
         if len(line.tokens) - len(line.view) > session.llm.engine.scheduler.max_rows // 2:
             session.evaluate(line)
         line.team = self.team

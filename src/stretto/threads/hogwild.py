@@ -279,8 +279,8 @@ class Collaboration:
         result.workers = [w.text for w in self._workers]
         if self._answer is not None or not self.finisher:
             return None
-        most = self.llm.host.max_model_len - FINISHER_TOKENS
-        return [*tokens, *encode(t.finisher)][:most]
+        end = encode(t.finisher)
+        return [*tokens[: self.llm.host.max_model_len - FINISHER_TOKENS - len(end)], *end]
 
     def _forced(self, out: Any, plain: Session) -> Iterator[WorkerEvent]:
         self.result.finisher_forwards = plain.usage.forwards
