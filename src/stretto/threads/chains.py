@@ -175,7 +175,8 @@ def _rate(number: int, groups: Seq[Seq[Turn]]) -> dict[str, float | int]:
     low, high = wilson(hits, n)
     if len(groups) > 1:
         spread = sum((sum(t.rejected for t in g) - rate * len(g)) ** 2 for g in groups)
-        error = 1.96 * math.sqrt(spread * len(groups) / (len(groups) - 1)) / n
+        few = 1.96 + 2.4 / (len(groups) - 1)  # Student's quantile for so many questions, to 0.1 from 5 on
+        error = few * math.sqrt(spread * len(groups) / (len(groups) - 1)) / n
         low, high = min(low, max(0.0, rate - error)), max(high, min(1.0, rate + error))
     return {
         "turn": number, "n": n, "rejected": hits, "rate": rate, "low": low, "high": high,

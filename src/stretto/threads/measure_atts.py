@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ Pair = tuple[Any, Any]
 def measure(pair: Pair, wide: Pair, quick: bool) -> dict[str, Any]:
     """The claims at our scale. ``pair``: draft and target with one thread each; ``wide``: with all cores each, for the
     ways in which only one of them is at work. See ``systems/atts.py``."""
-    few, many, timed = (3, 8, 1) if quick else (8, 32, 3)
+    few, many = (3, 8) if quick else (8, 32)
     prompts, answers = _asked(pair[0], many, 23)
     held = _asked(pair[0], 8 if quick else 20, 29)[0]
     first = calibrate(*pair, held, setting=SETTING)
@@ -43,7 +43,7 @@ def measure(pair: Pair, wide: Pair, quick: bool) -> dict[str, Any]:
     judged = {name: stream[name].rates() for name in ("online", "first turn only")}
     whole = {name: _row(found, answers) for name, found in stream.items()}
     table = _table(pair, prompts[:few], answers[:few], held, first.scores[0], quick)
-    clock = _clock(pair, wide, prompts[:timed], online, 2 if quick else 4)
+    clock = _clock(pair, wide, _asked(pair[0], 2 if quick else 12, 31)[0], online, 2 if quick else 4)
     draws = _draws(20_000 if quick else DRAWS)
     simulated = _simulated()
     return {
@@ -94,25 +94,24 @@ def _row(found: Scaled, answers: list[str]) -> dict[str, Any]:
     return {**found.grade(answers), "share": share, "tokens": found.tokens, "seconds": found.seconds["wall"]}
 
 
-def _clock(pair: Pair, wide: Pair, prompts: list[str], online: Tester, rounds: int) -> dict[str, Any]:
-    """Wall clock of the ways in turns: one question at a time (latency), and all at once (throughput)."""
-    ways: dict[str, Callable[[int], Scaled]] = {
-        "atts": lambda n: atts(*pair, prompts, setting=SETTING, calibration=online, at_once=n),
-        "in step": lambda n: atts(*pair, prompts, setting=SETTING, variant="sync", at_once=n),
-        "in step, all cores": lambda n: atts(*wide, prompts, setting=SETTING, variant="sync", at_once=n),
-        "target": lambda n: atts(*pair, prompts, setting=SETTING, variant="target", at_once=n),
-        "target, all cores": lambda n: atts(*wide, prompts, setting=SETTING, variant="target", at_once=n),
-    }
-    out: dict[str, Any] = {"questions": len(prompts), "rounds": rounds}
-    for name, at_once in (("one at a time", 1), ("all at once", 0)):
-        times: dict[str, list[float]] = {way: [] for way in ways}
-        shares: dict[str, list[float]] = {"atts": [], "in step": []}
-        for _ in range(rounds if at_once else -(-rounds // 2)):
-            for way, go in ways.items():
-                found = go(at_once)
-                times[way].append(found.seconds["wall"])
-                if way in shares:
-                    shares[way].append(_row(found, [""] * len(prompts))["share"])
+def _clock(pair: Pair, wide: Pair, prompts: list[str], online: Tester, groups: int) -> dict[str, Any]:
+    """Wall clock of the ways in turns, on other questions every round: one question at a time (latency), and a round's
+    questions at once (throughput). In step takes over the share that the asynchronous run of the same questions did."""
+    size = len(prompts) // groups
+    rounds = [prompts[i * size : (i + 1) * size] for i in range(groups)]
+    out: dict[str, Any] = {"questions": len(prompts), "rounds": groups}
+    single, whole = [[[q] for q in r] for r in rounds], [[r] for r in rounds]
+    for name, batches in (("one at a time", single), ("all at once", whole)):
+        times: dict[str, list[float]] = {}
+        shares: dict[str, list[float]] = {}
+        for batch in batches:
+            spent: dict[str, float] = {}
+            for questions in batch:
+                for way, found in _ways(pair, wide, questions, online):
+                    spent[way] = spent.get(way, 0.0) + found.seconds["wall"]
+                    shares.setdefault(way, []).append(_row(found, [""] * len(questions))["share"] or 0.0)
+            for way, seconds in spent.items():
+                times.setdefault(way, []).append(seconds)
         out[name] = {
             "seconds": {way: statistics.median(t) for way, t in times.items()},
             "shares": {way: statistics.mean(s) for way, s in shares.items()},
@@ -120,6 +119,16 @@ def _clock(pair: Pair, wide: Pair, prompts: list[str], online: Tester, rounds: i
             "target / atts": _ratio(times, "target", "target, all cores"),
         }
     return out
+
+
+def _ways(pair: Pair, wide: Pair, questions: list[str], online: Tester) -> Iterator[tuple[str, Scaled]]:
+    """The same questions by every way."""
+    first = atts(*pair, questions, setting=SETTING, calibration=online)
+    yield "atts", first
+    share = _row(first, [""] * len(questions))["share"] or 0.0
+    for name, models in (("", pair), (", all cores", wide)):
+        yield f"in step{name}", atts(*models, questions, setting=SETTING, variant="sync", alpha=share)
+        yield f"target{name}", atts(*models, questions, setting=SETTING, variant="target")
 
 
 def _ratio(times: dict[str, list[float]], *ways: str) -> dict[str, float]:
@@ -152,8 +161,9 @@ def _simulated() -> dict[str, float]:
 
 
 def _off(rates: Sequence[dict[str, Any]], share: float) -> tuple[float, int]:
-    """The largest distance from ``share`` in standard errors over the turns with at least 32 decisions; its turn."""
-    seen = [r for r in rates if r["n"] >= 32]
+    """The largest distance from ``share`` in standard errors, and its turn; over the turns with at least 32 decisions
+    of which nine in ten had scores of their own turn."""
+    seen = [r for r in rates if r["n"] >= 32 and r["uncalibrated"] <= 0.1 * r["n"]]
     far = lambda r: abs(r["rate"] - share) / max(1e-9, (r["high"] - r["low"]) / (2 * 1.96))
     worst = max(seen, key=far)
     return far(worst), worst["turn"]
