@@ -307,6 +307,20 @@ def test_a_full_cache_is_an_error_that_leaves_the_engine_usable(folder, g, monke
     assert "cache slots are free" in got.notes[0] and got.blocks == 0
 
 
+def test_a_cached_prompt_changes_nothing_and_joined_rows_are_never_a_prefix(folder, g, monkeypatch):
+    warm = LLM(folder, dtype="float32", deterministic=True, backend="native")
+    prompt, answer = pair_of(TASKS["nested"](random.Random(1)), "parallel", g)
+    dictate(warm, g, monkeypatch, (prompt, answer))
+    first, second = write(warm, prompt), write(warm, prompt)
+    assert first.logprobs == second.logprobs and second.usage.evaluated < first.usage.evaluated == len(prompt + answer) - 1
+    prefix = warm.engine.prefix
+    assert warm.runner.alloc.used == prefix.slots
+    block = g.parse([*prompt, *answer], start=len(prompt)).blocks[0]
+    with warm.session([*prompt, *answer]) as s:
+        s.evaluate(s)
+        assert s.usage.evaluated >= len(prompt + answer) - block.paths[0].stop  # behind path 1 all is evaluated anew
+
+
 def test_wrong_use_is_named(llm, folder):
     with pytest.raises(UnsupportedError, match="not trained"):
         multiverse.run(llm, "x", mode="parallel")

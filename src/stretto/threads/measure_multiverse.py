@@ -170,7 +170,7 @@ def _claims(
         f"{t} {v['sequential']['exact']:.2f} -> {v['parallel']['exact']:.2f}" for t, v in tasks.items()
     )
     speeds = ", ".join(f"{t} {v['sequential']['seconds'] / v['parallel']['seconds']:.2f}" for t, v in tasks.items())
-    most = budgets["100%"]
+    most = budgets["90%"]
     return [
         {
             "name": "accuracy, 32B", "paper": "AIME24 53.8, AIME25 45.8 against 54.6 and 45.0 flat",
@@ -205,7 +205,7 @@ def _claims(
         {
             "name": "equal time", "paper": "+1.87 % on average",
             "measured": f"{100 * (most['parallel'] - most['sequential']):+.1f} points within "
-                        f"{1e3 * most['seconds']:.0f} ms (all parallel answers came)",
+                        f"{1e3 * most['seconds']:.0f} ms (nine of ten parallel answers came)",
             "baseline": f"step by step: {most['sequential']:.3f} right within that time", "bar": "",
             "holds": bool(most["parallel"] > most["sequential"]),
             "note": "; ".join(
