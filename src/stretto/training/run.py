@@ -23,6 +23,7 @@ import torch
 from stretto.models import checkpoint
 from stretto.models.config import ModelConfig, MoEConfig
 from stretto.models.transformer import Transformer
+from stretto.outline import TAGS_FILE
 from stretto.training.agent_data import agent_data, agent_tests
 from stretto.training.data import Document, PackedBatch, PackedData, pack
 from stretto.training.jacobi import JacobiForcing
@@ -170,10 +171,10 @@ def build_model(recipe: Recipe) -> Transformer:
     model = Transformer(config_of(recipe))
     initialise(model, recipe.seed, layers=recipe.layers)
     if recipe.base:
-        folder = resolve(recipe.base) if recipe.base.startswith("zoo:") else recipe.base
+        folder = resolve(recipe.base) if recipe.base.startswith("zoo:") else Path(recipe.base)
         upcycle(checkpoint.load(folder, dtype="float32"), model, recipe.seed)
-    if recipe.objective == "structured_attention":
-        initialise_tags(model, grammar_of())
+        if recipe.objective == "structured_attention" and not (folder / TAGS_FILE).is_file():
+            initialise_tags(model, grammar_of())
     return model
 
 
