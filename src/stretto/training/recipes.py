@@ -234,7 +234,7 @@ _ALL: tuple[AnyRecipe, ...] = (
     ),
     Recipe(
         name="zoo-tiny-multiverse", purpose="writes independent parts of a solution in parallel, from zoo:tiny",
-        objective="structured_attention", base="zoo:tiny", minutes=15, rows=3, length=640, lr=2e-3, adam_lr=2e-3,
+        objective="structured_attention", base="zoo:tiny", minutes=25, rows=3, length=640, lr=2e-3, adam_lr=2e-3,
         decay=0.6, weights={},
     ),
     ThreadsRecipe(name="zoo-tiny-threads", purpose="reasons in threads (ThreadWeaver), from zoo:tiny"),
