@@ -17,6 +17,8 @@ from stretto.models.tokenizer import Tokenizer
 from stretto.outline import THREADWEAVER, Grammar
 from stretto.threads import threadweaver
 from stretto.threads.threadweaver import aweave, weave
+from stretto.training import thread_units
+from stretto.training.parallel_units import grammar_of
 
 QUESTION = "One box holds 3 nails, 4 bolts and 5 figs. How many things are in the box?"
 OUTLINES = "<Parallel><Goal><Outline>1: one</Outline><Outline>2: two</Outline><Outline>4.1: three</Outline>"
@@ -300,3 +302,20 @@ def test_wrong_requests_are_named(llm, form, tmp_path):
         weave(llm, "x")
     with pytest.raises(UnsupportedError, match="EOS"):
         Spec(form, (), 100)
+
+
+def test_the_model_that_ships_opens_threads_where_parts_are_independent():
+    """Held-out tables and chains: blocks for the first, none for the second; well formed; in fewer forwards than flat."""
+    llm, grammar = LLM("zoo:tiny-threads", enable_prefix_caching=False), grammar_of(THREADWEAVER)
+    right = []
+    for case in thread_units.cases("test", 6, 21, "rows"):
+        prompt = thread_units.prompt_of(case)
+        got = weave(llm, prompt, max_tokens=400)
+        block = grammar.parse(got.tokens).blocks[0]
+        assert got.blocks == [len(block.paths)] and got.finish_reason == "stop" and not got.notes
+        assert block.titles == tuple(line.split(":")[0] for line in case.prompt.splitlines()[:-1])
+        assert got.usage.forwards < 0.75 * len(got.tokens)
+        right.append(thread_units.right(case, got.tokens))
+    assert sum(right) >= 2
+    for case in thread_units.cases("test", 2, 21, "serial"):
+        assert weave(llm, thread_units.prompt_of(case), max_tokens=200).blocks == []

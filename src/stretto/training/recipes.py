@@ -167,7 +167,7 @@ class ThreadsRecipe:
     purpose: str
     base: str = "zoo:tiny"
     new_tags: bool = True
-    stages: tuple[str, ...] = ("sft", "rl")
+    stages: tuple[str, ...] = ("sft",)
     minutes: float = 15.0
     rows: int = 9  # examples of a batch
     length: int = 512  # places of a row of the policy's pack
@@ -350,7 +350,7 @@ def run_recipe(
 
     recipe = replace(find_recipe(name), **dict(changes or {}))
     recipe = replace(recipe, seed=recipe.seed if seed is None else seed, base=str(base) if base else recipe.base)
-    if minutes is None and steps is None:
+    if minutes is None and steps is None and not isinstance(recipe, ThreadsRecipe):  # whose stages have budgets
         minutes = recipe.minutes
     makers: dict[type, Callable[..., dict[str, Any]]] = {
         Recipe: run, PartRecipe: run_part, DistillRecipe: run_distill,
