@@ -120,8 +120,7 @@ class Thread:
     def fork(
         self, n: int | None = None, *, prefixes: Seq[Text] | None = None, positions: Literal["same"] | int = "same",
     ) -> Children:
-        """``n`` children, or one for each forced prefix. Nothing is copied; the line up to here is
-        evaluated once (its last token by each child, where nothing else is left).
+        """``n`` children, or one for each forced prefix. Nothing is copied; the line up to here is evaluated once.
 
         ``positions``: "same" = the children go on at this thread's next position; a number = they start there.
         Raises OptionError for a count below 1, CapacityError beyond the session's budget of threads.
@@ -134,8 +133,8 @@ class Thread:
             raise OptionError("n", n, "at least one child")
         self.session.check_width(len(texts))
         forced = any(texts)
-        if (forced and len(self.tokens) - len(self.view) > 1) or positions != "same":
-            self.session.evaluate(self)  # a single row is cheaper once a child than in a forward of its own
+        if forced or positions != "same":
+            self.session.evaluate(self)
         children = []
         for i, tokens in enumerate(texts):
             shift = self.shift if positions == "same" else int(positions) - len(self.tokens)
