@@ -16,6 +16,7 @@ ROWS = [  # from the top; a room may import what stands in later rows
     {"shared"},
     {"session"},
     {"joins"},
+    {"account"},
     {"training"},
     {"planning"},
     {"decoding"},
@@ -26,6 +27,7 @@ ROWS = [  # from the top; a room may import what stands in later rows
     {"zoo"},
     {"machine"},
     {"outline"},
+    {"tags"},
     {"errors"},
 ]
 LEVEL = {room: i for i, row in enumerate(ROWS) for room in row}

@@ -14,7 +14,7 @@ from stretto.engine.types import Commit
 from stretto.errors import CapacityError, InputError, OptionError, UnsupportedError
 from stretto.models import checkpoint
 from stretto.models.context import PackedContext
-from stretto.outline import MULTIVERSE, THREADWEAVER
+from stretto.tags import MULTIVERSE, THREADWEAVER
 from stretto.threads import multiverse
 from stretto.training.parallel_units import cases, grammar_of, pair_of
 from stretto.training.run import TOKENIZER

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from stretto.errors import InputError, UnsupportedError
-from stretto.outline import MULTIVERSE, THREADWEAVER, Grammar, StructureError, Tags, read_tags, write_tags
+from stretto.outline import Grammar, StructureError
+from stretto.tags import MULTIVERSE, THREADWEAVER, Tags, read_tags, write_tags
 from stretto.training.curator import Curator, distance, extract, flat_of, render
 from stretto.zoo import workbook
 from stretto.zoo.pages.reasoning import INDEPENDENT, TASKS, final

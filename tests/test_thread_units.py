@@ -12,7 +12,7 @@ from stretto.machine import Script, drive, machine
 from stretto.models import checkpoint
 from stretto.models.context import plain_logits
 from stretto.models.transformer import Transformer
-from stretto.outline import THREADWEAVER, read_tags
+from stretto.tags import THREADWEAVER, read_tags
 from stretto.training import thread_units as tu
 from stretto.training import threads_run
 from stretto.training.nets import PackedNet, initialise

@@ -14,7 +14,8 @@ from stretto import LLM, SamplingParams
 from stretto.errors import CapacityError, InputError, OptionError, UnsupportedError
 from stretto.machine import Reply, Script, Spec, drive, machine
 from stretto.models.tokenizer import Tokenizer
-from stretto.outline import THREADWEAVER, Grammar
+from stretto.outline import Grammar
+from stretto.tags import THREADWEAVER
 from stretto.threads import threadweaver
 from stretto.threads.threadweaver import aweave, weave
 from stretto.training import thread_units

@@ -11,23 +11,18 @@ of total length and critical path. Source: Multiverse (arXiv 2506.09991), Thread
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path as Folder
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from stretto.errors import CheckpointError, InputError, UnsupportedError
+from stretto.errors import InputError
+from stretto.tags import Tags
 
-__all__ = [
-    "MULTIVERSE", "TAGS_FILE", "THREADWEAVER", "Block", "Grammar", "Layout", "Lengths", "Path", "Segment",
-    "StructureError", "Tags", "read_tags", "write_tags",
-]
+__all__ = ["Block", "Grammar", "Layout", "Lengths", "Path", "Segment", "StructureError"]
 
-TAGS_FILE = "parallel_tags.json"  # beside the weights of a model that was trained with tags
 NUMBER = re.compile(r"\s*(\d+(?:\.\d+)*)\s*:")
 
 
@@ -37,40 +32,6 @@ class StructureError(InputError):
     def __init__(self, index: int, reason: str):
         self.index, self.reason = index, reason
         super().__init__(f"token {index}: {reason}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tags:
-    """The names of the tags. ``conclusion_open`` None: blocks have no conclusion. ``nested``: a path may hold blocks
-    (else tags inside of it are plain text). ``loose``: plain tokens may stand between the parts of a block, which only
-    a text that is read causally can have. ``header``: what is forced behind ``path_open``."""
-
-    open: str = "<Parallel>"
-    close: str = "</Parallel>"
-    goal_open: str = "<Goal>"
-    goal_close: str = "</Goal>"
-    outline_open: str = "<Outline>"
-    outline_close: str = "</Outline>"
-    path_open: str = "<Path>"
-    path_close: str = "</Path>"
-    conclusion_open: str | None = "<Conclusion>"
-    conclusion_close: str | None = "</Conclusion>"
-    header: str = "{number}:"
-    nested: bool = True
-    loose: bool = False
-
-    @property
-    def names(self) -> dict[str, str]:
-        """Role -> tag, of those that there are."""
-        flags = ("header", "nested", "loose")
-        return {role: tag for role, tag in asdict(self).items() if role not in flags and tag is not None}
-
-
-MULTIVERSE = Tags()
-THREADWEAVER = Tags(
-    path_open="<|thread|>", path_close="<|/thread|>", conclusion_open=None, conclusion_close=None, nested=False,
-    loose=True,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,20 +355,3 @@ _OUTSIDE = {
     "outline_close": "an outline", "path_open": "a block", "path_close": "a path", "conclusion_open": "a block",
     "conclusion_close": "a conclusion",
 }
-
-
-def write_tags(folder: Folder, tags: Tags, **more: Any) -> None:
-    """Say beside the weights with which tags, and with what else, a model was trained."""
-    (folder / TAGS_FILE).write_text(json.dumps({"tags": asdict(tags), **more}, indent=1) + "\n")
-
-
-def read_tags(folder: Folder) -> tuple[Tags, dict[str, Any]]:
-    """(tags, what else was said). Raises UnsupportedError for a model that was trained without."""
-    path = folder / TAGS_FILE
-    if not path.is_file():
-        raise UnsupportedError(f"{folder} has no {TAGS_FILE}: its model was not trained to write parallel blocks")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return Tags(**found.pop("tags")), found
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise CheckpointError(f"{path} cannot be read: {e!r}") from e

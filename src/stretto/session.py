@@ -16,50 +16,19 @@ from typing import Any, Literal
 
 import torch
 
+from stretto.account import Event, Generated, Usage
 from stretto.engine.cache import View
 from stretto.engine.engine import Progress, Stream
 from stretto.engine.feed import Feed
 from stretto.engine.params import SamplingParams
 from stretto.engine.team import Team
-from stretto.engine.types import Lease, Metrics
+from stretto.engine.types import Lease
 from stretto.errors import CapacityError, InputError, OptionError
 from stretto.joins import join
 
-__all__ = ["Children", "Event", "Generated", "Session", "Thread", "Usage"]
+__all__ = ["Children", "Session", "Thread"]
 
 Text = str | Seq[int]
-
-
-@dataclass(slots=True)
-class Generated:
-    """What one ``gen`` added to a thread; ``logprobs`` as in CompletionOutput."""
-
-    thread: int
-    text: str
-    token_ids: list[int]
-    finish_reason: str | None
-    logprobs: list[dict[int, float]] | None
-    metrics: Metrics
-
-
-@dataclass(slots=True)
-class Event:
-    """A step's news of one thread: its new final tokens, and why it ended if it did."""
-
-    thread: int
-    token_ids: list[int]
-    finish_reason: str | None
-
-
-@dataclass(slots=True)
-class Usage:
-    """The account of a session. ``evaluated``: rows of all forwards, drafts included; ``generated``: final tokens;
-    ``critical_path``: tokens of the longest dependent chain; ``forwards``: those that ran while it waited."""
-
-    evaluated: int = 0
-    generated: int = 0
-    critical_path: int = 0
-    forwards: int = 0
 
 
 @dataclass(eq=False)

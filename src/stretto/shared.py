@@ -13,13 +13,14 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import Any
 
+from stretto.account import Generated
 from stretto.engine.cache import View
 from stretto.engine.engine import Stream
 from stretto.engine.params import SamplingParams
 from stretto.engine.team import Team, check_model
 from stretto.errors import CapacityError, InputError
 from stretto.joins import turn_keys
-from stretto.session import Generated, Session, Text, Thread
+from stretto.session import Session, Text, Thread
 
 __all__ = ["News", "Shared"]
 

@@ -8,10 +8,7 @@ own.
 from __future__ import annotations
 
 import asyncio
-import json
 import math
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -20,6 +17,7 @@ import torch
 
 from stretto.engine.params import SamplingParams
 from stretto.errors import EngineError, InputError, OptionError, StrettoError
+from stretto.threads.ask import ask
 
 __all__ = ["Agent", "Endpoint", "EngineAgent", "Reply", "agents_of", "worth_retrying"]
 
@@ -166,18 +164,10 @@ class Endpoint:
             raise EngineError(f"{self.url} answered with something that is no chat completion: {found!r:.200}") from e
 
     def _post(self, body: dict[str, Any]) -> dict[str, Any]:
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        request = urllib.request.Request(
-            f"{self.url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers, method="POST"
-        )
+        url = f"{self.url.rstrip('/')}/chat/completions"
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError as e:
-            text = e.read(300).decode(errors="replace")
-            again = e.code in (408, 409, 429) or e.code >= 500
-            raise (EngineError if again else InputError)(f"{self.name} answered {e.code}: {text}") from e
-        except (OSError, ValueError) as e:  # no connection, time out, no JSON
+            return ask(url, body, key=self.key, timeout=self.timeout)
+        except OSError as e:  # no connection, time out
             raise EngineError(f"{self.name} cannot be asked: {e}") from e
 
 

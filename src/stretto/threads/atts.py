@@ -18,10 +18,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from stretto.account import Generated
 from stretto.engine.params import SamplingParams
 from stretto.errors import CapacityError, OptionError, PromptError
 from stretto.models.adapter import Base
-from stretto.session import Generated, Session, Thread
+from stretto.session import Session, Thread
 from stretto.threads.atts_variants import chains_in_step, chains_of_one, mean_surprise
 from stretto.threads.chains import Answered, Chain, Scaled, Setting, Turn, answer_in
 from stretto.threads.conformal import Calibration, Online, Tester, Verdict

@@ -12,9 +12,10 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from stretto.account import Generated
 from stretto.engine.engine import Progress, Stream
 from stretto.engine.params import SamplingParams
-from stretto.session import Generated, Session, Thread
+from stretto.session import Session, Thread
 
 __all__ = ["Job", "Task", "run_tasks"]
 

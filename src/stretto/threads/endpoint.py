@@ -7,16 +7,14 @@ what the model wrote. An endpoint that cannot do it is refused, with what to do;
 from __future__ import annotations
 
 import hashlib
-import json
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
 from stretto.engine.params import SamplingParams
-from stretto.errors import EngineError, InputError, OptionError, UnsupportedError
+from stretto.errors import EngineError, OptionError, UnsupportedError
+from stretto.threads.ask import ask
 
 __all__ = ["Completion", "Endpoint"]
 
@@ -78,20 +76,7 @@ class Endpoint:
         }
 
     def _post(self, path: str, body: dict[str, Any] | None) -> Any:
-        headers = {"Content-Type": "application/json"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, headers)
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError as error:
-            words = error.read(2000).decode(errors="replace")
-            kind = EngineError if error.code in (408, 429) or error.code >= 500 else InputError
-            raise kind(f"{self.url}{path} answered {error.code}: {words}") from None
-        except ValueError as error:
-            raise EngineError(f"{self.url}{path} answered something that is no JSON: {error}") from None
+        return ask(self.url + path, body, key=self._key, timeout=self.timeout)
 
     def _checked(self, body: dict[str, Any], answer: Any) -> Completion:
         """The ids of an answer, if they are the model's own."""

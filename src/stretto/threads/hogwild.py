@@ -17,10 +17,11 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from stretto.account import Usage
 from stretto.engine.params import SamplingParams
 from stretto.errors import CapacityError, OptionError, UnknownNameError
 from stretto.models.tokenizer import Detokenizer
-from stretto.session import Session, Thread, Usage
+from stretto.session import Session, Thread
 from stretto.shared import News, Shared
 from stretto.threads.hogwild_texts import Texts
 

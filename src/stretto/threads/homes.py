@@ -18,10 +18,11 @@ from typing import Any, TypeVar
 
 import torch
 
+from stretto.account import Generated
 from stretto.engine.feed import Feed
 from stretto.engine.params import SamplingParams
 from stretto.errors import OptionError
-from stretto.session import Generated, Session, Thread
+from stretto.session import Session, Thread
 
 __all__ = ["Home", "at_home", "together"]
 

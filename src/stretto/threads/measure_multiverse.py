@@ -12,7 +12,8 @@ import torch
 
 from stretto.engine.params import SamplingParams
 from stretto.models.context import PackedContext
-from stretto.outline import MULTIVERSE, Grammar
+from stretto.outline import Grammar
+from stretto.tags import MULTIVERSE
 from stretto.threads.multiverse import Answer, run, run_all
 from stretto.training.parallel_units import cases
 from stretto.zoo.pages.reasoning import INDEPENDENT, Case, final

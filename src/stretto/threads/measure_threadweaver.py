@@ -10,7 +10,8 @@ from typing import Any
 
 from stretto.engine.params import SamplingParams
 from stretto.models.checkpoint import load
-from stretto.outline import THREADWEAVER, Lengths
+from stretto.outline import Lengths
+from stretto.tags import THREADWEAVER
 from stretto.threads.threadweaver import weave
 from stretto.training import thread_units as units
 from stretto.training.p_grpo import PGRPO

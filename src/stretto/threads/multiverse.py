@@ -17,10 +17,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from stretto.account import Usage
 from stretto.engine.params import SamplingParams
 from stretto.errors import InputError, OptionError, UnsupportedError
-from stretto.outline import Grammar, Lengths, StructureError, Tags, read_tags
-from stretto.session import Session, Thread, Usage
+from stretto.outline import Grammar, Lengths, StructureError
+from stretto.session import Session, Thread
+from stretto.tags import Tags, read_tags
 from stretto.threads.crew import Task, run_tasks
 from stretto.zoo.models import resolve
 

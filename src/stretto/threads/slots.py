@@ -15,9 +15,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from stretto.account import Generated, Usage
 from stretto.engine.params import SamplingParams
 from stretto.errors import CheckpointError, InputError, OptionError, UnsupportedError
-from stretto.session import Children, Generated, Session, Usage
+from stretto.session import Children, Session
 from stretto.threads.tools import Parameter, Tool, convert, parse_tools, prompt_of
 from stretto.zoo.models import resolve
 

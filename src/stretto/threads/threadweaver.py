@@ -11,11 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from stretto.account import Generated
 from stretto.engine.params import SamplingParams
 from stretto.errors import CapacityError, EngineError, OptionError
 from stretto.machine import Ask, Machine, Reply, Spec, Woven, drive, machine, plain
-from stretto.outline import Grammar, read_tags
-from stretto.session import Children, Generated, Thread
+from stretto.outline import Grammar
+from stretto.session import Children, Thread
+from stretto.tags import read_tags
 from stretto.threads.endpoint import Endpoint
 
 __all__ = ["aweave", "weave"]

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from stretto.models.transformer import Transformer
-from stretto.outline import MULTIVERSE, Grammar, Tags, write_tags
+from stretto.outline import Grammar
+from stretto.tags import MULTIVERSE, Tags, write_tags
 from stretto.training.curator import Curator, render
 from stretto.training.data import Document, PackedBatch, pack
 from stretto.training.recipes import Recipe

@@ -23,7 +23,7 @@ import torch
 from stretto.models import checkpoint
 from stretto.models.config import ModelConfig, MoEConfig
 from stretto.models.transformer import Transformer
-from stretto.outline import TAGS_FILE
+from stretto.tags import TAGS_FILE
 from stretto.training.agent_data import agent_data, agent_tests
 from stretto.training.data import Document, PackedBatch, PackedData, pack
 from stretto.training.jacobi import JacobiForcing

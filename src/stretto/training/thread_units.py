@@ -18,7 +18,8 @@ from stretto.engine.engine import Engine, Stream
 from stretto.engine.params import SamplingParams
 from stretto.machine import Ask, Machine, Reply, Script, Spec, Woven, drive, machine
 from stretto.models.transformer import Transformer
-from stretto.outline import THREADWEAVER, Grammar, StructureError
+from stretto.outline import Grammar, StructureError
+from stretto.tags import THREADWEAVER
 from stretto.training.p_grpo import Rollout
 from stretto.training.parallel_units import MODES, grammar_of, pair_of
 from stretto.training.policy import rollout_engine

@@ -20,7 +20,7 @@ import torch
 from stretto.errors import OptionError, StrettoError
 from stretto.models import checkpoint
 from stretto.models.transformer import Transformer
-from stretto.outline import THREADWEAVER, write_tags
+from stretto.tags import THREADWEAVER, write_tags
 from stretto.training import checkpoints, thread_units
 from stretto.training.nets import PackedNet, fast_dtype
 from stretto.training.optim import MuonAdamW
