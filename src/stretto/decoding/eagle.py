@@ -26,6 +26,8 @@ from stretto.decoding.options import option
 from stretto.decoding.planner import room
 from stretto.engine.host import Host
 from stretto.engine.types import Commit, Outcome, Sequence, Step
+from stretto.errors import InputError
+from stretto.models.adapter import Adapter
 from stretto.models.heads import EagleLayer
 
 __all__ = ["Eagle", "Options"]
@@ -35,11 +37,27 @@ __all__ = ["Eagle", "Options"]
 class Options:
     """EAGLE (Li et al., 2024, 2025)."""
 
-    version: int = option(3, "1 = the layer of EAGLE, 3 = that of EAGLE-3", choices=(1, 3))
+    version: int = option(
+        0, "1 = the layer of EAGLE, 3 = that of EAGLE-3, 0 = of those that there are the one that promises more tokens",
+        choices=(0, 1, 3),
+    )
     adapter: str = option("auto", "the layer: zoo name, folder, or auto = the one that ships for the model")
     depth: int = option(5, "levels of the draft", low=1, high=16)
     topk: int = option(1, "guesses of each node, and nodes expanded at a level; 1 = a chain", low=1, high=10)
     num_draft_tokens: int = option(16, "most tokens drafted in a step: nodes of the tree", low=1, high=63)
+
+
+def _adapter(host: Host, options: Options) -> Adapter:
+    """The layer of the version asked for, or of the better one: tokens a forward by the acceptance in training."""
+    found: list[Adapter] = []
+    for version, kind in ((3, "eagle3"), (1, "eagle")):
+        if options.version in (0, version):
+            try:
+                found.append(host.open_adapter(kind, options.adapter))
+            except InputError:
+                if options.version or (version == 1 and not found):
+                    raise
+    return max(found, key=lambda a: np.cumprod([row[0] for row in a.statistics.get("acceptance", []) if row]).sum())
 
 
 class Eagle:
@@ -52,7 +70,7 @@ class Eagle:
 
     def __init__(self, host: Host, options: Options):
         self._host, self._options = host, options
-        adapter = host.open_adapter("eagle" if options.version == 1 else "eagle3", options.adapter)
+        adapter = _adapter(host, options)
         part = EagleLayer(host.config, **adapter.config)
         adapter.into(part)
         self.taps = part.taps

@@ -248,8 +248,8 @@ def relatives(folder: Path, n: int, noise: float, seed: int) -> Iterator[Path]:
             for p in model.parameters():
                 if p.dim() > 1:
                     p += noise * p.std() * torch.randn(p.shape, generator=generator)
+            checkpoint.save(model, out, dtype=torch.bfloat16)  # makes the folder anew
             shutil.copytree(folder, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
-            checkpoint.save(model, out, dtype=torch.bfloat16)
             yield Path(out)
 
 
