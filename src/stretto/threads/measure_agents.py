@@ -13,7 +13,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -238,25 +238,28 @@ def _shape(graph: TaskGraph) -> tuple[Any, ...]:
     return {n.id for n in graph.nodes}, {(e.source, e.target, e.coupling) for e in graph.edges}, graph.merge
 
 
-def relatives(folder: Path, n: int, noise: float, seed: int) -> Iterator[Path]:
-    """``n`` models near the one in ``folder``: noise of ``noise`` times each matrix's own spread on its weights. Each
-    is there until the next is asked for."""
+def relatives(folder: Path, out: Path, n: int, noise: float, seed: int) -> list[Path]:
+    """``n`` models near the one in ``folder``, in folders of ``out``: noise of ``noise`` times each matrix's own spread
+    on its weights."""
+    made = []
     for k in range(n):
         model = checkpoint.load(folder, dtype="float32")
         generator = torch.Generator().manual_seed(seed + k)
-        with torch.no_grad(), tempfile.TemporaryDirectory() as out:
+        with torch.no_grad():
             for p in model.parameters():
                 if p.dim() > 1:
                     p += noise * p.std() * torch.randn(p.shape, generator=generator)
-            checkpoint.save(model, out, dtype=torch.bfloat16)  # makes the folder anew
-            shutil.copytree(folder, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
-            yield Path(out)
+            checkpoint.save(model, out / str(k), dtype=torch.bfloat16)
+        shutil.copytree(folder, out / str(k), dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+        made.append(out / str(k))
+    return made
 
 
 def spread(llm: Any, n: int) -> dict[str, float]:
     """``anova`` over MODEL and two relatives of it."""
-    folder = resolve(llm.model_name)
-    return anova({"itself": llm} | {str(k): LLM(p) for k, p in enumerate(relatives(folder, 2, 0.03, SEED))}, n)
+    with tempfile.TemporaryDirectory() as out:  # a tokenizer reads its chat template when it is first used
+        near = relatives(resolve(llm.model_name), Path(out), 2, 0.03, SEED)
+        return anova({"itself": llm} | {p.name: LLM(p) for p in near}, n)
 
 
 def anova(models: Mapping[str, Any], n: int) -> dict[str, float]:
