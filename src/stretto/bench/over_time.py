@@ -60,7 +60,9 @@ def _panel(
         out.append(f'<text x="{x(most * i / 4):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{most * i / 4:.0f}</text>')
     for what, at in marks.items():
         out.append(f'<path d="M{x(at):.1f} {TOP}V{HEIGHT - BOTTOM}" stroke="currentColor" stroke-dasharray="4 3"/>')
-        out.append(f'<text x="{x(at) + 4:.1f}" y="{TOP + 9}">{escape(what)}</text>')
+        left = at > 0.85 * most
+        place = f'x="{x(at) + (-4 if left else 4):.1f}" y="{TOP + 9}" text-anchor="{"end" if left else "start"}"'
+        out.append(f"<text {place}>{escape(what)}</text>")
     for line_name, line in lines.items():
         color = COLORS[names.index(line_name) % len(COLORS)]
         path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in line)
