@@ -186,6 +186,9 @@ def test_a_server_learns_from_its_traffic_and_survives_its_trainer():
         last = server.chat(PROMPTS[0], max_tokens=48)[2]
         assert last["stretto"]["method"] == "medusa" and last["stretto"]["options"]["adapter"].startswith("online:")
         assert last["choices"][0]["message"]["content"] == first["choices"][0]["message"]["content"]
+        session = server.post("/v1/sessions", {"model": "zoo:tiny", "prompt": "Copy: 1 2 3"})[2]["id"]
+        said = server.post(f"/v1/sessions/{session}/gen", {"model": "zoo:tiny", "max_tokens": 4})[2]
+        assert said["generated"][0]["cost"]["method"] == "medusa"  # threads of sessions use the drafter too
         assert server.post("/v1/drafters/update", {})[0] == 200
         for child in _children(server.process.pid):
             if "serving.online" in child[1]:

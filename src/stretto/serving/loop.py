@@ -192,9 +192,7 @@ class Loop:
 
     def _request(self, message: dict[str, Any]) -> _Live:
         params = message.get("made") or SamplingParams.make(**message["params"])
-        name, options, note = message["method"], message.get("options") or {}, None
-        if name == ONLINE and self.drafters is not None:
-            name, options, note = self.drafters.resolve()
+        name, options, note = self._named(message)
         streams = self.llm.engine.add(
             message["prompt"], params, self._method(name, options), priority=message.get("priority", 0),
             salt=message.get("salt", ""), constraint=message.get("constraint"), decode_text=True,
@@ -204,11 +202,17 @@ class Loop:
     def _threads(self, message: dict[str, Any]) -> _Live:
         """Threads of a session generate together; choice i is the i-th of them."""
         params = SamplingParams.make(**message["params"])
-        name, options = message["method"], message.get("options") or {}
+        name, options, note = self._named(message)
         streams, ended = self.held.gen(
             message["id"], message["session"], message["owner"], message["threads"], self._method(name, options), params
         )
-        return _Live(message["id"], streams, name, options, store=False, ended=ended)
+        return _Live(message["id"], streams, name, options, store=False, note=note, ended=ended)
+
+    def _named(self, message: dict[str, Any]) -> tuple[str, dict[str, Any], str | None]:
+        """(method, options, note) of a message; "online" stands for the drafter as it is now."""
+        if message["method"] == ONLINE and self.drafters is not None:
+            return self.drafters.resolve()
+        return message["method"], message.get("options") or {}, None
 
     def _method(self, name: str, options: Mapping[str, Any]) -> Any:
         """The method with these options; shared while it is kept."""
