@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import random
 import threading
 import time
 from urllib.parse import urlsplit
@@ -202,3 +203,36 @@ def test_budgets_and_limits():
         first.do("gen", 404)
     finally:
         assert running.stop() == 0
+
+
+VALUES = [
+    None, 0, 1, -1, 3, 10**9, 1.5, True, "", "a", "\ud800", "same", "share", "rotate", "select", "index", [], [0], [0, 0], [10**9],
+    ["a", [5]], {}, {"a": 1}, "ar", "suffix",
+]  # fmt: skip
+FIELDS = """prompt messages max_threads max_path thread text length n prefixes positions children mode order separator select
+threads max_tokens temperature stop seed method options stream logit_bias regex timeout""".split()
+
+
+def test_no_body_makes_an_error_inside(server):
+    """Random bodies to every route; half of them nearly right. Afterwards nothing is held."""
+    rng, c = random.Random(0), Client(server)
+    seen = set()
+    for i in range(600):
+        if i % 100 == 0:
+            c.close()
+            c = Client(server)
+        verb = rng.choice(("fork", "join", "gen", "append", "truncate", "score", "end", ""))
+        body = {"model": MODEL, **{k: rng.choice(VALUES) for k in rng.sample(FIELDS, rng.randint(0, 3))}}
+        if rng.random() < 0.5:
+            body = {
+                "fork": {"n": rng.randint(1, 3)}, "join": {"children": [1, 2], "mode": rng.choice(("share", "rotate", "gather"))},
+                "gen": {"model": MODEL, "threads": [rng.randint(0, 2)], "max_tokens": 3}, "append": {"text": "a"},
+            }.get(verb, body)  # fmt: skip
+        status, _, said = server.post(f"/v1/sessions/{c.id}/{verb}" if verb else "/v1/sessions", body, **KEY)
+        assert status in (200, 400, 404), (status, verb, body, said)
+        if not verb and status == 200:
+            _delete(server, f"/v1/sessions/{said['id']}", KEY)
+        seen.add((verb, status))
+    c.close()
+    assert {("fork", 200), ("gen", 200), ("join", 200), ("append", 200), ("join", 400), ("", 400)} <= seen
+    _idle(server)
