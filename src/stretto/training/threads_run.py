@@ -87,7 +87,7 @@ def _supervised(
         steps=steps, minutes=minutes, seed=recipe.seed, lr=recipe.lr, adam_lr=recipe.adam_lr, warmup=recipe.warmup,
         decay=recipe.decay, average=recipe.average,
     )
-    autocast = None if device == "cpu" else fast_dtype(device)  # 2013 places a second here, 1088 in bfloat16
+    autocast = fast_dtype(device)
     trainer = Trainer(
         model, PackedNet(model), TrieLoss(), data, config, folder=folder, device=device, autocast=autocast
     )
