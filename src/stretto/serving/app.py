@@ -12,7 +12,7 @@ from typing import Any, Literal
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from stretto import __version__
 from stretto.serving.answers import Answer, ChatShape, CompletionShape, Shape, collect, cost, usage
@@ -32,6 +32,9 @@ DECLARED: dict[int | str, dict[str, Any]] = {
     404: {"description": "No such model."}, 408: {"description": "The deadline passed."},
     413: {"description": "The body is too large."}, 429: {"description": "Too much waits already; see Retry-After."},
     503: {"description": "No engine now, or the server is shutting down."},
+}
+EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The answer, whole or as events.", "content": {"text/event-stream": {}}},
 }
 POLICY = "default-src 'self'; img-src 'self' data:"
 PAGE = {"": "text/html", "page.js": "text/javascript", "threads.js": "text/javascript", "page.css": "text/css"}
@@ -55,7 +58,7 @@ def create_app(service: Service) -> FastAPI:
     for kind in (Problem, *_ours()):
         app.add_exception_handler(kind, _any)
     _completions(app, service)
-    add_sessions(app, service, DECLARED)
+    add_sessions(app, service, DECLARED, EVENTS)
     _about(app, service)
     _text(app, service)
     _page(app)
@@ -79,7 +82,7 @@ def _ours() -> tuple[type[Exception], ...]:
 
 
 def _completions(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/chat/completions", responses=DECLARED)
+    @app.post("/v1/chat/completions", responses=DECLARED | EVENTS)
     async def chat(body: ChatBody, request: Request) -> Response:
         """A chat completion, whole or as server-sent events."""
         _known(service, body)
@@ -87,7 +90,7 @@ def _completions(app: FastAPI, service: Service) -> None:
         shape = ChatShape(f"chatcmpl-{secrets.token_hex(12)}", body.model, service.tokenizer, service.stop_ids)
         return await _answer(service, request, body, [job], shape)
 
-    @app.post("/v1/completions", responses=DECLARED)
+    @app.post("/v1/completions", responses=DECLARED | EVENTS)
     async def complete(body: CompletionBody, request: Request) -> Response:
         """A text completion of one or more prompts, whole or as server-sent events."""
         _known(service, body)
@@ -255,7 +258,7 @@ def _about(app: FastAPI, service: Service) -> None:
         await service.health()
         return Json({"status": "ready"})
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Prometheus text."""
         with contextlib.suppress(Exception):

@@ -85,9 +85,9 @@ class Loop:
         self._tell(progress)
         return progress
 
-    def learn(self, folder: Path, plain: str, share: float) -> None:
+    def learn(self, folder: Path, plain: str, share: float, min_gain: float = 1.1) -> None:
         """Record what is served into ``folder``, and use the drafters that are published there."""
-        self.drafters = Drafters(self.llm, folder, plain=plain)
+        self.drafters = Drafters(self.llm, folder, plain=plain, min_gain=min_gain)
         self.recorder = Recorder(self.llm.runner, folder / "samples", self._stored, share=share)
         self.llm.engine.taps = (LAYER,)
         self.llm.engine.watchers += [self.recorder, self._judge]

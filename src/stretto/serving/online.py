@@ -8,9 +8,10 @@ target: the target's law at every place comes from the recorded states. Loss of 
 with p_target = softmax(W_LM f_{n+1+i}), the law that decided token n + 2 + i, and b = ``cross_entropy``. Samples are
 measured before they are trained on: acc_i is the agreement of head i with the served token, and
 1 + sum_k prod_{i<=k} acc_i the simulated number of tokens per forward. A version with a value that is not finite, or
-with less than ``min_gain``, is not published. ``share`` is the part of one core that training may use.
+with less than ``min_gain``, is not published. ``share`` is the part of one core that training may use. Training that
+is slower than serving takes the latest texts: a queue would keep it on traffic that is gone.
 
-Legend: k places, K heads, H width, V vocabulary.
+Legend: k places, r places of all texts of a batch, K heads, H width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ KEPT = 3  # versions that stay on disk
 @dataclass(frozen=True, slots=True)
 class Settings:
     """``sync``: optimizer steps between versions; ``threshold``: samples before the first step; ``replay``: share of a
-    batch drawn from older samples (against forgetting); ``pool``: samples that are remembered."""
+    batch drawn from older samples (against forgetting); ``pool``: samples that are remembered; ``fresh``: samples that
+    wait to be new ones of a batch, the oldest of them become older samples untrained."""
 
     model: str
     folder: str
@@ -62,6 +64,7 @@ class Settings:
     threshold: int = 32
     replay: float = 0.5
     pool: int = 1000
+    fresh: int = 64
     share: float = 0.5
     min_gain: float = 1.1
     seed: int = 0
@@ -115,6 +118,8 @@ class Trainer:
                         self._right[i] += (guesses[:n, i] == sample.tokens[2 + i : 2 + i + n]).sum()
                         self._asked[i] += n
         self._new.extend(samples)
+        while len(self._new) > self.settings.fresh:
+            self._old.append(self._new.popleft())
         self.seen += len(samples)
 
     @property
@@ -131,7 +136,7 @@ class Trainer:
                 self._old.append(batch[-1])
             else:
                 batch.append(self._rng.choice(self._old))
-        total = sum((self.loss(x) for x in batch), torch.zeros(())) / max(1, len(batch))
+        total = self.loss(batch)
         self._optimizer.zero_grad()
         total.backward()
         torch.nn.utils.clip_grad_norm_(self.module.parameters(), 2.5)
@@ -139,19 +144,26 @@ class Trainer:
         self.steps += 1
         return float(total.detach())
 
-    def loss(self, sample: Sample) -> Tensor:
-        """Of one text; see the module's docstring."""
-        b, out = self.settings.cross_entropy, torch.zeros(())
-        logits = self._logits(sample.states).log_softmax(-1)
-        laws = F.linear(sample.states, self.head).log_softmax(-1)
+    def loss(self, batch: Sequence[Sample]) -> Tensor:
+        """Mean over the texts of ``batch``; see the module's docstring."""
+        b, total = self.settings.cross_entropy, torch.zeros(())
+        states = torch.cat([s.states for s in batch])  # [r, H]
+        logits = self._logits(states).log_softmax(-1)
+        laws = F.linear(states, self.head).log_softmax(-1)
         for i in range(self.settings.heads):
-            n = min(len(sample.states) - 1 - i, len(sample.tokens) - 2 - i)
-            if n <= 0:
-                break
-            mine, theirs = logits[:n, i], laws[1 + i : 1 + i + n]
-            kl = F.kl_div(mine, theirs, reduction="batchmean", log_target=True)
-            out = out + DECAY**i * ((1 - b) * kl + b * F.nll_loss(mine, sample.tokens[2 + i : 2 + i + n]))
-        return out
+            rows, tokens, weights, start = [], [], [], 0
+            for s in batch:
+                n = max(0, min(len(s.states) - 1 - i, len(s.tokens) - 2 - i))
+                rows.append(torch.arange(start, start + n))
+                tokens.append(s.tokens[2 + i : 2 + i + n])
+                weights.append(torch.full((n,), 1 / (n * len(batch)) if n else 0.0))
+                start += len(s.states)
+            at, weight = torch.cat(rows), torch.cat(weights)
+            mine, theirs = logits[at, i], laws[at + 1 + i]
+            kl = F.kl_div(mine, theirs, reduction="none", log_target=True).sum(-1)
+            ce = F.nll_loss(mine, torch.cat(tokens), reduction="none")
+            total = total + DECAY**i * (weight * ((1 - b) * kl + b * ce)).sum()
+        return total
 
     def _logits(self, states: Tensor) -> Tensor:
         """[k, H] -> [k, K, V]"""

@@ -35,6 +35,11 @@ class Online:
     record: float = 1.0
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """What the engine's process must know."""
+        return {"folder": self.folder, "record": self.record, "min_gain": self.options.get("min_gain", 1.1)}
+
 
 @dataclass(slots=True)
 class Settings:
@@ -75,7 +80,7 @@ class Service:
             settings.model, settings.engine, plain=settings.plain, restarts=settings.restarts,
             channel_bytes=settings.stream_bytes, watch=self._watch,
             more={"sessions": settings.sessions}
-            | ({"online": settings.online.folder, "record": settings.online.record} if settings.online else {}),
+            | ({"online": settings.online.told} if settings.online else {}),
         )
         self.trainer: subprocess.Popen[bytes] | None = None
         self.trainers = 0

@@ -34,12 +34,14 @@ from stretto.serving.service import Service
 __all__ = ["add_sessions"]
 
 
-def add_sessions(app: FastAPI, service: Service, declared: dict[int | str, dict[str, Any]]) -> None:
-    """The routes under /v1/sessions."""
+def add_sessions(
+    app: FastAPI, service: Service, declared: dict[int | str, dict[str, Any]], events: dict[int | str, Any]
+) -> None:
+    """The routes under /v1/sessions. ``events``: what is declared of an answer that may come as events."""
     _whole(app, service, declared)
     _threads(app, service, declared)
 
-    @app.post("/v1/sessions/{session}/gen", responses=declared)
+    @app.post("/v1/sessions/{session}/gen", responses=declared | events)
     async def gen(session: str, body: GenBody, request: Request) -> Response:
         """Threads generate together; whole, or as server-sent events that name their thread."""
         service.check_model(body.model)

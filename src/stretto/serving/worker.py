@@ -98,7 +98,8 @@ def main(fd: int) -> int:
             llm.runner.curve()
         loop = Loop(llm, out.put, opened.get("sessions"))
         if opened.get("online"):
-            loop.learn(Path(opened["online"]), opened.get("plain", "ar"), opened.get("record", 1.0))
+            learn = opened["online"]
+            loop.learn(Path(learn["folder"]), opened.get("plain", "ar"), learn["record"], learn["min_gain"])
         threading.Thread(target=_read, args=(sock, Prepare(llm, loop)), name="reader", daemon=True).start()
         out.put(facts(llm))
         loop.run()
