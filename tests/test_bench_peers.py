@@ -15,6 +15,9 @@ from stretto.bench.gguf_file import write_gguf
 from stretto.bench.peers import SHAPES, measure_peers
 from stretto.bench.peers_engines import Ours, check, write_checkpoint
 from stretto.errors import MissingExtraError, UnsupportedError
+from stretto.models.tokenizer import Tokenizer
+from stretto.zoo.models import resolve
+from stretto.zoo.workbook import TASKS, examples
 
 SMALL = peers_module._qwen3(32, 64, 2, 4, 2, 8, 2048)
 
@@ -130,12 +133,22 @@ def test_gguf_holds_the_same_weights(folder, tmp_path):
     at = 4
     version, count, pairs = take("IQQ")
     assert version == 3
+    def value(kind):
+        if kind == 9:
+            of, size = take("IQ")
+            return [value(of) for _ in range(size)]
+        return text() if kind == 8 else take({4: "I", 5: "i", 6: "f", 7: "?"}[kind])
+
     facts = {}
     for _ in range(pairs):
         key, kind = text(), take("I")
-        facts[key] = text() if kind == 8 else take({4: "I", 6: "f"}[kind])
+        facts[key] = value(kind)
     assert facts["general.architecture"] == "qwen3" and facts["qwen3.block_count"] == 2
     assert facts["qwen3.attention.key_length"] == 8 and facts["qwen3.rope.freq_base"] == 1e6
+    tokenizer, tokens = Tokenizer(folder), facts["tokenizer.ggml.tokens"]
+    assert len(tokens) == len(facts["tokenizer.ggml.token_type"]) == 2048
+    assert all(tokenizer.token(i) == t for i, t in enumerate(tokens) if not t.startswith("<|unused"))
+    assert tokens[facts["tokenizer.ggml.eos_token_id"]] == "<|im_end|>" and "im_start" in facts["tokenizer.chat_template"]
     infos = {}
     for _ in range(count):
         name, dims = text(), take("I")
@@ -155,6 +168,17 @@ def test_gguf_holds_the_same_weights(folder, tmp_path):
         size = weights[ours].numel() * (4 if kind == 0 else 2)
         found = torch.frombuffer(bytearray(data[start + offset : start + offset + size]), dtype=dtype).view(shape)
         assert torch.equal(found, weights[ours].to(dtype))
+
+
+def test_llama_cpp_reads_the_same_tokens_as_we_do(tmp_path):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    folder = resolve("zoo:tiny")
+    write_gguf(folder, tmp_path / "m.gguf")
+    theirs, ours = llama_cpp.Llama(str(tmp_path / "m.gguf"), vocab_only=True, verbose=False), Tokenizer(folder)
+    for task in TASKS:
+        for e in examples(task, "test", 3, 5):
+            text = f"<|im_start|>user\n{e.prompt}<|im_end|>\n<|im_start|>assistant\n{e.answer}"
+            assert theirs.tokenize(text.encode(), add_bos=False, special=True) == ours.encode(text)
 
 
 def test_a_server_beside_ours_is_waited_for_and_ended(tmp_path):

@@ -1,6 +1,7 @@
-"""A Qwen3 checkpoint as a GGUF file (version 3) that llama.cpp reads: bf16 matrices, float32 norms, no tokenizer.
+"""A Qwen3 checkpoint as a GGUF file (version 3) that llama.cpp reads: bf16 matrices, float32 norms, its tokenizer.
 
-Format: ggml's docs/gguf.md. Only what ``bench --peers`` needs; ids go in and come out as numbers.
+Format: ggml's docs/gguf.md. Only what ``bench --peers`` and ``bench --servers`` need: the tokenizer is written as one
+of the zoo's form, byte-level BPE with GPT-2's pieces and digits by themselves ("smollm" in llama.cpp).
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ __all__ = ["write_gguf"]
 
 ALIGNMENT = 32
 F32, BF16 = 0, 30  # ggml types
-U32, FLOAT, STRING = 4, 6, 8  # metadata value types
+U32, I32, FLOAT, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9  # metadata value types
+NORMAL, CONTROL, UNUSED = 1, 3, 5  # types of tokens
 NAMES = {  # Hugging Face -> GGUF
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
@@ -30,7 +32,7 @@ def write_gguf(folder: Path, file: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     tensors = list(_tensors(folder))
     with file.open("wb") as out:
-        facts = _facts(config)
+        facts = _facts(config) | _tokenizer(folder, config["vocab_size"])
         out.write(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(facts)))
         for key, value in facts.items():
             _text(out, key)
@@ -60,8 +62,34 @@ def _facts(config: dict[str, Any]) -> dict[str, Any]:
     }
     return {
         "general.architecture": "qwen3", "general.name": "random",
-        **{f"qwen3.{key}": value for key, value in facts.items()}, "tokenizer.ggml.model": "none",
+        **{f"qwen3.{key}": value for key, value in facts.items()},
     }
+
+
+def _tokenizer(folder: Path, rows: int) -> dict[str, Any]:
+    """Tokens, their types and merges, for ``rows`` ids: those without a token are unused."""
+    file = folder / "tokenizer.json"
+    if not file.exists():
+        return {"tokenizer.ggml.model": "none"}
+    found = json.loads(file.read_text(encoding="utf-8"))
+    names = [f"<|unused_{i}|>" for i in range(rows)]
+    types = [UNUSED] * rows
+    for text, i in found["model"]["vocab"].items():
+        names[i], types[i] = text, NORMAL
+    for token in found["added_tokens"]:
+        names[token["id"]], types[token["id"]] = token["content"], CONTROL
+    merges = [m if isinstance(m, str) else " ".join(m) for m in found["model"]["merges"]]
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    facts = {
+        "model": "gpt2", "pre": "smollm", "tokens": names, "token_type": types, "merges": merges,
+        "add_bos_token": False,
+    }
+    for key, name in (("eos_token_id", "eos_token"), ("padding_token_id", "pad_token"), ("bos_token_id", "bos_token")):
+        if settings.get(name) in names:
+            facts[key] = names.index(settings[name])
+    template = folder / "chat_template.jinja"
+    chat = {"tokenizer.chat_template": template.read_text(encoding="utf-8")} if template.exists() else {}
+    return {f"tokenizer.ggml.{key}": value for key, value in facts.items()} | chat
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:
@@ -99,7 +127,13 @@ def _text(out: BinaryIO, text: str) -> None:
 
 
 def _value(out: BinaryIO, value: Any) -> None:
-    if isinstance(value, str):
+    if isinstance(value, list):
+        out.write(struct.pack("<IIQ", ARRAY, I32 if isinstance(value[0], int) else STRING, len(value)))
+        for one in value:
+            out.write(struct.pack("<i", one)) if isinstance(one, int) else _text(out, one)
+    elif isinstance(value, bool):
+        out.write(struct.pack("<I?", BOOL, value))
+    elif isinstance(value, str):
         out.write(struct.pack("<I", STRING))
         _text(out, value)
     elif isinstance(value, float):

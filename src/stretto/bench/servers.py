@@ -18,6 +18,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from stretto.bench import llama_server
+from stretto.bench.gguf_file import write_gguf
 from stretto.bench.load import Load, fire
 from stretto.bench.peers import SHAPES, compared
 from stretto.bench.peers_engines import write_checkpoint
@@ -31,6 +33,7 @@ STREAMS = (1, 4, 16)  # requests at the same time
 TOKENS = 32  # of an answer at most
 STARTS = 180.0  # seconds that a server may take to answer first
 ALL_AT_ONCE = "transformers serve, continuous batching"
+LLAMA = "llama.cpp server"
 
 
 class Running:
@@ -70,8 +73,8 @@ class Running:
             self._process.wait()
 
 
-def _commands(path: str, threads: int) -> dict[str, tuple[list[str], str] | str]:
-    """Name -> (command, path that answers when it is up), or why there is none."""
+def _commands(path: str, threads: int, folder: Path) -> dict[str, tuple[list[str], str] | str]:
+    """Name -> (command, path that answers when it is up), or why there is none. ``folder``: for a peer's files."""
     ours = [sys.executable, "-m", "stretto", "serve", path, "--method", "ar", "--threads", str(threads)]
     out: dict[str, tuple[list[str], str] | str] = {"stretto": (ours, "/ready")}
     beside = Path(sys.executable).with_name("transformers")
@@ -80,7 +83,13 @@ def _commands(path: str, threads: int) -> dict[str, tuple[list[str], str] | str]
     plain = [theirs or "", "serve", path, "--host", "127.0.0.1", "--device", "cpu", "--dtype", "bfloat16"]
     out["transformers serve"] = (plain, "/health") if theirs else absent
     out[ALL_AT_ONCE] = ([*plain, "--continuous-batching"], "/health") if theirs else absent
-    out["llama.cpp server"] = "its GGUF file would need the zoo's tokenizer, which gguf_file does not write"
+    out[LLAMA] = "not installed: pip install xllamacpp, or llama-server on the PATH"
+    if llama_server.offered():
+        file = folder / "model.gguf"
+        write_gguf(Path(path), file)
+        out[LLAMA] = (
+            [sys.executable, "-m", "stretto.bench.llama_server", str(file), "--threads", str(threads)], "/health",
+        )
     return out
 
 
@@ -115,7 +124,7 @@ def measure_servers(
         with tempfile.TemporaryDirectory(prefix="stretto-servers-") as folder, ExitStack() as stack:
             path = _weights(shape, Path(folder))
             running: dict[str, Running] = {}
-            for name, command in _commands(path, count).items():
+            for name, command in _commands(path, count, Path(folder)).items():
                 say(f"servers: {name} starts with {shape}")
                 if isinstance(command, str):
                     absent[name, "all"] = command
@@ -128,7 +137,8 @@ def measure_servers(
                 stack.callback(running[name].close)
             rows += _beside(running, path, shape, 1 if quick else 3, absent, say)
     gone = [{"peer": name, "what": what, "reason": reason} for (name, what), reason in absent.items()]
-    return {"rows": rows, "absent": gone, "provenance": provenance(threads=count, tokens=TOKENS, quick=quick)}
+    about = provenance(threads=count, tokens=TOKENS, quick=quick, llama=llama_server.offered())
+    return {"rows": rows, "absent": gone, "provenance": about}
 
 
 def _weights(shape: str, folder: Path) -> str:
