@@ -271,6 +271,22 @@ def test_upcycling_and_balance():
     torch.testing.assert_close(both, plain + 0.5 * balance_loss(routed))
 
 
+def test_hidden_suffixes():
+    """Share 1: the hidden places of every group are its last ones, with the weight of their number, n / l."""
+    group = torch.tensor([0] * 7 + [3] * 5 + [9])
+    for seed in range(5):
+        hidden, weight = hide(group, torch.Generator().manual_seed(seed), "count", 1.0)
+        for g in (0, 3, 9):
+            mine = hidden[group == g]
+            assert mine.any() and mine.tolist() == sorted(mine.tolist())
+            assert torch.allclose(weight[group == g], len(mine) / mine.sum())
+    mixed, _ = hide(torch.arange(400) // 8, torch.Generator().manual_seed(0), "count", 0.5)
+    last = sum(g.tolist() == sorted(g.tolist()) for g in mixed.view(50, 8))
+    assert 20 <= last <= 45, "about half, and what random places give by chance"
+    with pytest.raises(ValueError, match="by the law 'count' only"):
+        hide(group, torch.Generator(), "bernoulli", 0.5)
+
+
 def test_probes_find_what_was_learnt(tmp_path):
     """A model that has learnt one text finds it greedily and by unmasking; an untrained one does not."""
     doc = Document([3, 4, 5, 6, 7, 8, 9, EOS], 2)

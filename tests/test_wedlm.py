@@ -9,7 +9,7 @@ from stretto.models.context import PackedContext
 from stretto.training.data import Document, pack
 from stretto.training.nets import PackedNet
 from stretto.training.objectives import Autoregressive
-from stretto.training.recovery import CausalRecovery, recovery_mask, reorder
+from stretto.training.recovery import CausalRecovery, match_recovery, recovery_mask, reorder
 from tiny import MASK, engine, greedy, model, run, tokens
 
 BLOCK = 4
@@ -190,3 +190,28 @@ def test_bad_input(net):
     for name, value in (("window", 0), ("entropy_threshold", -0.1), ("position_penalty", -1.0)):
         with pytest.raises(OptionError, match=name):
             make("wedlm", eng.host, {name: value})
+
+
+def test_suffix_blocks_hide_their_last_candidates():
+    """Share 1: behind the first mask of a block no answer token is observed; as many masks as with random places."""
+    b = batch()
+    p = reorder(b, BLOCK, torch.Generator().manual_seed(0), suffix=1.0)
+    assert p.hidden.sum() == reorder(b, BLOCK, torch.Generator().manual_seed(0)).hidden.sum()
+    for row in range(len(p.place)):
+        groups = {}
+        for doc, at, place, hid in zip(p.docs[row], p.positions[row], p.place[row], p.hidden[row], strict=True):
+            if doc >= 0 and b.answer[row][place]:
+                groups.setdefault((int(doc), int(at) // BLOCK), []).append((int(at), bool(hid)))
+        for slots in groups.values():
+            assert [h for _, h in sorted(slots)] == sorted(h for _, h in slots), "observed, then masked"
+
+
+def test_the_probe_is_decoding_with_a_window_of_one(net):
+    g = torch.Generator().manual_seed(5)
+    prompts = [torch.randint(5, 64, (n,), generator=g).tolist() for n in (5, 9, 7)]
+    options = {"window": 1, "entropy_threshold": 0.0}
+    streams = [r[0] for r in run(engine(net), [(p, greedy(6, ignore_eos=True), "wedlm", options) for p in prompts])]
+    docs = [Document([*p, *tokens(s)], len(p)) for p, s in zip(prompts, streams, strict=True)]
+    assert all(match_recovery(PackedNet(net), pack(docs, 20, pad_id=1), mask_id=MASK))
+    wrong = [Document([*d.tokens[:-1], (d.tokens[-1] + 1) % 64], d.prompt) for d in docs]
+    assert not any(match_recovery(PackedNet(net), pack(wrong, 20, pad_id=1), mask_id=MASK))

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["EPSILON", "Law", "hide", "ranks", "stratified"]
+__all__ = ["EPSILON", "Law", "hide", "last_first", "ranks", "stratified"]
 
 EPSILON = 1e-3  # smallest masking probability, so that 1/p stays finite (LLaDA)
 Law = Literal["bernoulli", "count"]
@@ -23,13 +23,18 @@ def stratified(n: int, generator: torch.Generator) -> Tensor:
     return (strata + torch.rand(n, generator=generator, dtype=torch.float64)) / max(n, 1)
 
 
-def hide(group_m: Tensor, generator: torch.Generator, law: Law = "bernoulli") -> tuple[Tensor, Tensor]:
+def hide(
+    group_m: Tensor, generator: torch.Generator, law: Law = "bernoulli", suffix: float = 0.0,
+) -> tuple[Tensor, Tensor]:
     """``(hidden, weight)``: bool [m] and float32 [m], one noise level per group.
 
     ``bernoulli``: t ~ U(0, 1), each place hidden with p = (1 - eps) t + eps, weight 1/p.
     ``count``: l ~ U{1..n} of the group's n places are hidden, weight n/l: no group is wasted and the variance is
-    lower, which matters for blocks of a few places.
+    lower, which matters for blocks of a few places. ``suffix``: in this share of the groups the last l places are
+    hidden instead of random ones (law ``count``; ``group_m`` then has the places of a group in ascending order).
     """
+    if suffix and law != "count":
+        raise ValueError(f"suffix={suffix} with law {law!r}: last places are hidden by the law 'count' only")
     _, inverse_m, counts_g = torch.unique(group_m, return_inverse=True, return_counts=True)
     level_g = stratified(len(counts_g), generator)
     u_m = torch.rand(len(group_m), generator=generator, dtype=torch.float64)
@@ -37,8 +42,19 @@ def hide(group_m: Tensor, generator: torch.Generator, law: Law = "bernoulli") ->
         p_m = ((1 - EPSILON) * level_g + EPSILON)[inverse_m]
         return u_m < p_m, (1 / p_m).float()
     amount_g = (level_g * counts_g).long().add(1).minimum(counts_g)
+    u_m = last_first(u_m, inverse_m, suffix, generator)
     rank_m = _rank(inverse_m, counts_g, u_m)
     return rank_m < amount_g[inverse_m], (counts_g / amount_g)[inverse_m].float()
+
+
+def last_first(u_m: Tensor, group_m: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """float64 [m]: ``u_m``, and in a share of the groups (0..g-1) keys that fall from place to place, so that the last
+    places of the group have the smallest."""
+    if not share or not len(u_m):
+        return u_m
+    chosen_g = torch.rand(int(group_m.max()) + 1, generator=generator) < share
+    falling_m = 1 - torch.arange(1, len(u_m) + 1, dtype=torch.float64) / (len(u_m) + 1)
+    return torch.where(chosen_g[group_m], falling_m, u_m)
 
 
 def ranks(group_m: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

@@ -86,17 +86,21 @@ class MaskedDiffusion:
     """Kind F (LLaDA): hide answer tokens, predict them from the whole text, weigh by 1/p.
 
     One noise level per example, stratified over the batch. The prompt is never hidden. With ``shift`` (Dream) the
-    state at place i - 1 predicts place i.
+    state at place i - 1 predicts place i. ``suffix``: share of the examples whose answer is hidden from some place on
+    instead of at random places (0 in LLaDA): what decoding in blocks meets, and where sums are learnt, because a random
+    half of a worked solution mostly shows the result that is asked for.
     """
 
     mask_id: int
     shift: bool = False
     law: Law = "bernoulli"
+    suffix: float = 0.0
 
     def __call__(self, net: Net, batch: PackedBatch, generator: torch.Generator) -> Loss:
         answer_bt = batch.answer
         group = torch.arange(len(batch.docs), device=batch.docs.device)[:, None] * batch.docs.shape[1] + batch.docs
-        hidden_m, weight_m = (x.to(answer_bt.device) for x in hide(group[answer_bt].cpu(), generator, self.law))
+        found = hide(group[answer_bt].cpu(), generator, self.law, self.suffix)
+        hidden_m, weight_m = (x.to(answer_bt.device) for x in found)
         hide_bt = torch.zeros_like(answer_bt)
         hide_bt[answer_bt] = hidden_m
         noisy = batch.tokens.masked_fill(hide_bt, self.mask_id)

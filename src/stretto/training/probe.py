@@ -13,7 +13,7 @@ from torch import Tensor
 from stretto.training.data import PackedBatch
 from stretto.training.objectives import Net, causal_mask, full_mask
 
-__all__ = ["block_causal_mask", "match_autoregressive", "match_diffusion", "probe"]
+__all__ = ["block_causal_mask", "match_autoregressive", "match_diffusion", "per_document", "probe"]
 
 Matcher = Callable[[PackedBatch], list[bool]]
 
@@ -30,7 +30,7 @@ def match_autoregressive(net: Net, batch: PackedBatch) -> list[bool]:
     best = net.logits(net.hidden(batch.tokens, batch.positions, causal_mask(batch))).argmax(-1)
     right = torch.ones_like(batch.answer)
     right[:, 1:] = (best[:, :-1] == batch.tokens[:, 1:]) | ~batch.answer[:, 1:]
-    return _per_document(right, batch)
+    return per_document(right, batch)
 
 
 @torch.no_grad()
@@ -56,7 +56,7 @@ def match_diffusion(
         chosen = masked.clone()
         chosen[masked] = sure_m >= top[group_m]
         tokens[chosen] = best_m[chosen[masked]]
-    return _per_document(_until_end(tokens, batch, eos_id), batch)
+    return per_document(_until_end(tokens, batch, eos_id), batch)
 
 
 def _until_end(tokens: Tensor, batch: PackedBatch, eos_id: int) -> Tensor:
@@ -68,7 +68,8 @@ def _until_end(tokens: Tensor, batch: PackedBatch, eos_id: int) -> Tensor:
     return (tokens == batch.tokens) | ~batch.answer | (before > start)
 
 
-def _per_document(right: Tensor, batch: PackedBatch) -> list[bool]:
+def per_document(right: Tensor, batch: PackedBatch) -> list[bool]:
+    """Whether every place of an example is right, example after example."""
     return [
         bool(right[r][batch.docs[r] == k].all())
         for r in range(len(right)) for k in range(int(batch.docs[r].max()) + 1)

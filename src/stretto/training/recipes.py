@@ -47,6 +47,7 @@ class Recipe:
     dense_ffn: int = 512  # of the dense layers of a mixture of experts; ``ffn`` is then of an expert
     balance: float = 0.01  # weight of the load-balance loss (Switch)
     block_size: int = 8  # of block diffusion and causal recovery
+    suffix: float = 0.0  # share of the blocks (causal recovery) or answers (masked diffusion) hidden from a place on
     trajectories: tuple[int, ...] = ()  # jacobi forcing: n, tokens of a recorded block, for equal shares of the budget
     examples: int = 1024  # jacobi forcing: of a pool of trajectories
     window: int = 4  # jacobi forcing: w, noisy blocks that see each other
@@ -216,7 +217,8 @@ _ALL: tuple[AnyRecipe, ...] = (
     ),
     Recipe(
         name="zoo-tiny-diffusion", purpose="full-attention masked diffusion (kind F), from zoo:tiny",
-        objective="masked_diffusion", base="zoo:tiny", minutes=60, length=192, rows=10, lr=2e-3, adam_lr=1e-3,
+        objective="masked_diffusion", base="zoo:tiny", suffix=0.5, minutes=60, length=192, rows=10, lr=2e-3,
+        adam_lr=1e-3,
     ),
     Recipe(
         name="zoo-tiny-moe", purpose="mixture of experts, upcycled from zoo:tiny",
@@ -260,7 +262,7 @@ _ALL: tuple[AnyRecipe, ...] = (
     ),
     Recipe(
         name="zoo-tiny-wedlm", purpose="causal attention, next token and masked recovery, from zoo:tiny",
-        objective="causal_recovery", base="zoo:tiny", block_size=16, minutes=15, lr=2e-3, adam_lr=1e-3,
+        objective="causal_recovery", base="zoo:tiny", block_size=16, suffix=0.5, minutes=60, lr=3e-3, adam_lr=1.5e-3,
     ),
     Recipe(
         name="zoo-tiny-agents", purpose="does one agent's part of a task of several (AdaptOrch), from zoo:tiny",

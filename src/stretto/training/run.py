@@ -39,7 +39,7 @@ from stretto.training.parallel_units import flat_tests, grammar_of, initialise_t
 from stretto.training.probe import Matcher, match_autoregressive, match_diffusion, probe
 from stretto.training.recipes import Recipe
 from stretto.training.recorded import Pools, recorded_data
-from stretto.training.recovery import CausalRecovery
+from stretto.training.recovery import CausalRecovery, match_recovery
 from stretto.training.spans import StructuredAttention
 from stretto.training.step_units import step_data
 from stretto.training.tool_units import tool_data, write_slots
@@ -219,7 +219,7 @@ def workbook_vocabulary() -> int:
 def objective_of(recipe: Recipe) -> Objective:
     mask = special_ids()["<|mask|>"]
     if recipe.objective == "masked_diffusion":
-        return MaskedDiffusion(mask, law="count")
+        return MaskedDiffusion(mask, law="count", suffix=recipe.suffix)
     plain: Objective = Autoregressive()
     if recipe.objective == "block_diffusion":
         plain = BlockDiffusion(mask, recipe.block_size)
@@ -232,7 +232,7 @@ def objective_of(recipe: Recipe) -> Objective:
     elif recipe.objective == "workers":
         plain = WorkerLoss(config_of(recipe))
     elif recipe.objective == "causal_recovery":
-        plain = CausalRecovery(mask, recipe.block_size, end_id=special_ids()["<|im_end|>"])
+        plain = CausalRecovery(mask, recipe.block_size, end_id=special_ids()["<|im_end|>"], suffix=recipe.suffix)
     return Balanced(plain, recipe.balance) if recipe.experts else plain
 
 
@@ -296,6 +296,8 @@ def prober(recipe: Recipe, net: PackedNet) -> Callable[[bool], dict[str, float]]
 
 
 def matcher(recipe: Recipe, net: PackedNet) -> Matcher:
+    if recipe.objective == "causal_recovery":
+        return partial(match_recovery, net, mask_id=special_ids()["<|mask|>"])
     if recipe.causal:
         return partial(match_autoregressive, net)
     ids, causal = special_ids(), recipe.objective == "block_diffusion"
