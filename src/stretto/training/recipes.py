@@ -119,11 +119,12 @@ class DistillRecipe:
     minutes: float = 5.0
     rows: int = 8  # rows of a batch
     length: int = 160  # tokens of a row
-    lr: float = 6e-3
+    epochs: int = 4  # passes over every pool of own answers, with other noise (paper: 3 to 6)
+    lr: float = 3e-3
     weight_decay: float = 0.01
     warmup: int = 5  # steps
     decay: float = 0.5  # last share of the budget, over which the rate falls to zero
-    average: float = 0.9  # decay of the averaged weights, which ship
+    average: float = 0.95  # decay of the averaged weights, which ship
     seed: int = 0
     weights: Mapping[str, float] = field(default_factory=dict)  # task -> share of the mix; all alike
 

@@ -331,7 +331,7 @@ class _progress:
         self._bar.__exit__(*error)
 
 
-def write_json(file: Path, data: dict[str, Any]) -> None:
+def write_json(file: Path, data: Any) -> None:
     partial_name = file.with_suffix(".partial")
     partial_name.write_text(json.dumps(data, indent=1) + "\n")
     partial_name.rename(file)

@@ -8,6 +8,7 @@ fingerprint: ``LLM("zoo:NAME")`` merges the two.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ from stretto.zoo.models import resolve
 __all__ = ["objective_of", "own_right_answers", "run_distill"]
 
 POOL = 512  # examples asked at a time
+CANVAS = 32  # room behind the length of the task's answer
 
 
 class _Paths(nn.Module):
@@ -63,7 +65,7 @@ def run_distill(
     model = base.to(device)
     objective = objective_of(recipe, model)
     kept = {"asked": 0, "right": 0}
-    data = _data(recipe, model, answers, kept)
+    data = _data(recipe, model, answers, kept, work)
     config = TrainConfig(
         steps=steps, minutes=minutes, seed=recipe.seed, adam_lr=recipe.lr, muon=False, weight_decay=recipe.weight_decay,
         warmup=recipe.warmup, decay=recipe.decay, average=recipe.average,
@@ -111,7 +113,8 @@ def own_right_answers(
     end-of-text to a multiple of ``multiple`` places, because what lies behind the end is decoded too."""
     prompts = [workbook.encode(e)[0] for e in examples]
     fits = [i for i, p in enumerate(prompts) if len(p) + 8 < length]
-    rooms = [length - len(prompts[i]) for i in fits]
+    wanted = [len(workbook.encode(examples[i])[1]) + CANVAS for i in fits]  # full attention pays for a longer canvas
+    rooms = [min(length - len(prompts[i]), n) for i, n in zip(fits, wanted, strict=True)]
     out = []
     for i, own in zip(fits, answers([prompts[i] for i in fits], rooms), strict=True):
         e = examples[i]
@@ -124,21 +127,35 @@ def own_right_answers(
     return out
 
 
-def _data(recipe: DistillRecipe, model: Transformer, answers: Answers, kept: dict[str, int]) -> PackedData:
-    """Batches of right answers; pool k is drawn from stream number k of the recipe's seed."""
+def _data(
+    recipe: DistillRecipe, model: Transformer, answers: Answers, kept: dict[str, int], work: Path
+) -> PackedData:
+    """Batches of right answers, ``recipe.epochs`` times over; pool k is drawn from stream k // epochs of the recipe's
+    seed. What was answered stays in ``work``, so that a resumed run does not ask again."""
     ids = special_ids()
     multiple = model.config.block_size if model.config.attention == "block" else 32
 
-    def pool(k: int) -> list[Document]:
-        number = (recipe.seed + 11) * 1_000_003 + k
+    def asked(number: int) -> list[Document]:
+        file = work / f"own-answers-{number}.json"
+        if file.exists():
+            return [Document(tokens, prompt) for tokens, prompt in json.loads(file.read_text())]
         stream = workbook.stream("train", number, recipe.weights or None)
         examples = [next(stream) for _ in range(POOL)]
         found = own_right_answers(examples, answers, recipe.length, ids["<|im_end|>"], multiple)
-        kept["asked"] += len(examples)
-        kept["right"] += len(found)
         if not found:
             raise StrettoError(f"{recipe.base} answered none of {len(examples)} training prompts right")
-        random.Random(number).shuffle(found)
+        work.mkdir(parents=True, exist_ok=True)
+        write_json(file, [[list(d.tokens), d.prompt] for d in found])
+        return found
+
+    def pool(k: int) -> list[Document]:
+        number, epoch = divmod(k, recipe.epochs)
+        number += (recipe.seed + 11) * 1_000_003
+        found = asked(number)
+        if not epoch:
+            kept["asked"] += POOL
+            kept["right"] += len(found)
+        random.Random(number * recipe.epochs + epoch).shuffle(found)
         return found
 
     return PackedData(pool, rows=recipe.rows, length=recipe.length, pad_id=ids["<|pad|>"], seed=recipe.seed)
