@@ -31,6 +31,11 @@ SYSTEM = System(
             ),
         ),
         Claim(
+            name="low-entropy text at twice the speed",
+            paper="1673 / 745 / 198 tokens/s on text of low / medium / high entropy",
+            bar="wedlm or block diffusion at least 2x our own ar at batch 1, at most 5 points lost",
+        ),
+        Claim(
             name="quality",
             paper="base mean 67.21 to 70.84 (7B) and 72.61 to 74.72 (8B); small models lose",
             bar="a few points below the AR control at this size",
@@ -46,7 +51,8 @@ SYSTEM = System(
 
 LOW, SUMS = ("list_copy", "text_letter", "text_notice", "json_batch"), ("math_gains", "math_boxes")
 MODEL = "zoo:tiny-wedlm"
-FAST = {"window": 16, "entropy_threshold": 0.4}
+FAST = {"window": 5, "entropy_threshold": 0.2}  # chosen on prompts of seed 777; narrow, for a CPU
+WIDE = {"window": 8, "entropy_threshold": 0.2}
 
 
 def evidence(quick: bool) -> dict[str, Any]:
@@ -61,7 +67,9 @@ def evidence(quick: bool) -> dict[str, Any]:
     ours, base = open_llm(MODEL), open_llm("zoo:tiny")
     arms = [
         Arm(base, "zoo:tiny", "ar", label="ar"), Arm(ours, MODEL, "ar", label="same weights, ar"),
-        Arm(ours, MODEL, "wedlm", FAST, "wedlm"), Arm(ours, MODEL, "wedlm", {**FAST, "streaming": False}, "block-wise"),
+        Arm(ours, MODEL, "wedlm", FAST, "wedlm"),
+        Arm(ours, MODEL, "wedlm", {**FAST, "streaming": False}, "block-wise"),
+        Arm(ours, MODEL, "wedlm", WIDE, "wedlm, wide"),
     ]
     if "tiny-blocks" in available():
         arms.append(Arm(open_llm("zoo:tiny-blocks"), "zoo:tiny-blocks", "diffusion", {}, "blocks"))
@@ -102,7 +110,9 @@ def _measured(arms: list[Any], n: int, batch: int) -> dict[str, dict[str, Any]]:
 def _claims(single: dict[str, Any], crowd: dict[str, Any]) -> list[dict[str, Any]]:
     w, alone, twin = single["wedlm"], single["ar"], single["same weights, ar"]
     text, sums = w["low entropy"], w["sums"]
-    best = max(single[k]["low entropy"]["speed"] for k in single if k not in ("ar", "same weights, ar"))
+    quick = {k: single[k]["low entropy"] for k in single if k not in ("ar", "same weights, ar")}
+    near = {k: v for k, v in quick.items() if v["accuracy"] >= alone["low entropy"]["accuracy"] - 5}
+    best = max(near.values(), key=lambda v: v["speed"], default={"speed": 0.0})
     drop = [round(alone[k]["accuracy"] - w[k]["accuracy"], 1) for k in ("low entropy", "sums")]
     stream = round(text["speed"] / single["block-wise"]["low entropy"]["speed"], 2)
     bars = {c.name: c for c in SYSTEM.claims}
@@ -115,8 +125,11 @@ def _claims(single: dict[str, Any], crowd: dict[str, Any]) -> list[dict[str, Any
         row("speed against the AR model in vLLM",
             f"{sums['tokens_per_forward']} tokens a forward on sums, {text['tokens_per_forward']} on low-entropy text; "
             f"{text['speed']}x at batch 1, {crowd['wedlm']['low entropy']['speed']}x at 16",
-            "our own ar on zoo:tiny, batch 1 and 16", fast,
-            f"the better of wedlm and blocks is {best}x on low-entropy text (the issue asks for 2x)"),
+            "our own ar on zoo:tiny, batch 1 and 16", fast, f"{FAST}, chosen on other prompts"),
+        row("low-entropy text at twice the speed",
+            "; ".join(f"{k} {v['speed']}x at {v['accuracy']} %" for k, v in quick.items()),
+            f"ar on zoo:tiny: {alone['low entropy']['accuracy']} %", best["speed"] >= 2,
+            f"medians of rounds in turns; wide: {WIDE}"),
         row("quality", f"{drop[0]} points lost on low-entropy text, {drop[1]} on sums",
             f"ar on zoo:tiny: {alone['low entropy']['accuracy']} and {alone['sums']['accuracy']} %",
             max(drop) <= 5,
