@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from stretto.bench.timeline import timeline
-from stretto.decoding.mirror_times import Setup, best_exit, expected_tokens, rates, simulate
+from stretto.planning.mirror_times import Setup, best_exit, expected_tokens, rates, simulate
 from stretto.decoding.registry import make
 from stretto.errors import OptionError
 from stretto.models.context import plain_logits
@@ -165,6 +165,31 @@ def test_refusals(net):
         Setup(exit=48)
     with pytest.raises(OptionError, match="at least one"):
         timeline([])
+
+
+def by_hand(s, steps, seed):
+    """Seconds a step of ``simulate``, added up without events; no rollout is cut just when a forward ends."""
+    rng = np.random.default_rng(seed)
+    if s.alpha < 1:
+        rng.geometric(1 - s.alpha, steps)
+    own, forward, total = s.lower + s.upper + s.channel, s.rollout / s.gamma, 0.0
+    for covered in rng.random(steps) < s.omega:
+        left, at = s.gamma, s.lower + s.channel
+        while covered and left and at < own:
+            at, left = at + forward, left - 1
+        total += max(at, own) + left * s.draft
+    return total / steps
+
+
+@pytest.mark.parametrize("setup", [
+    Setup(), Setup(omega=0.0), Setup(draft=5.1e-3, omega=0.8), Setup(branch=0.0213), Setup(draft=0.0),
+    Setup(layers=7, exit=2, draft=1.3e-3, channel=7e-4, gamma=3, kappa=2, omega=0.5, alpha=1.0),
+])
+def test_events_take_the_time_that_adds_up_by_hand(setup):
+    seconds = by_hand(setup, 200, 3)
+    found = simulate(setup, steps=200, seed=3)
+    assert found["tokens_per_step"] / found["mirror"] == pytest.approx(seconds, rel=1e-9)
+    assert found["waited"] == pytest.approx(seconds - setup.lower - setup.upper - setup.channel, rel=1e-6, abs=1e-12)
 
 
 def test_times_have_their_limits():

@@ -159,7 +159,7 @@ def _exact_when_it_dies() -> bool:
 
 def _devices(cover: Mapping[str, Any]) -> dict[str, Any]:
     """Event runs of setups like the paper's, with the coverage and acceptance that were measured here."""
-    from stretto.decoding.mirror_times import Setup, expected_tokens, rates, simulate
+    from stretto.planning.mirror_times import Setup, expected_tokens, rates, simulate
 
     measured = cover.get("l=3 k=8") or next(v for v in cover.values() if isinstance(v, dict))
     out = {}
@@ -285,7 +285,7 @@ SYSTEM = System(
         ),
     ),
     parts=(
-        "stretto.decoding.mirror", "stretto.decoding.mirror_worker", "stretto.decoding.mirror_times",
+        "stretto.decoding.mirror", "stretto.decoding.mirror_worker", "stretto.planning.mirror_times",
         "stretto.models.staged", "stretto.bench.timeline",
     ),
     command="stretto run zoo:tiny PROMPT --method mirror --threads 1",

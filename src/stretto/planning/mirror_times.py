@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from stretto.errors import OptionError
+from stretto.planning import stations
+from stretto.planning.stations import Barrier, Job, Meet, Station, Use
 
 __all__ = ["Setup", "best_exit", "expected_tokens", "rates", "simulate"]
 
@@ -77,30 +79,42 @@ def rates(s: Setup) -> dict[str, float]:
     }
 
 
-def simulate(s: Setup, *, steps: int = 20_000, seed: int = 0) -> dict[str, float]:
+def simulate(s: Setup, *, steps: int = 4000, seed: int = 0) -> dict[str, float]:
     """The same by events: the draft's rollout runs against the target's upper layers, and what is not done when the
-    verdict comes is finished after it, on the one branch that came true."""
+    verdict comes is finished after it, on the one branch that came true. The target starts its next step then."""
     rng = np.random.default_rng(seed)
     accepted = np.minimum(rng.geometric(1 - s.alpha, steps) - 1, s.gamma) if s.alpha < 1 else np.full(steps, s.gamma)
     hit = rng.random(steps) < s.omega
-    forward = s.rollout / s.gamma
-    clock, waited = 0.0, 0.0
-    for covered in hit:
-        seen = clock + s.lower + s.channel  # the early message reaches the draft
-        verdict = clock + s.lower + s.upper + s.channel  # and the target's decision
-        if covered:
-            done = int(min(s.gamma, max(0.0, verdict - seen) / forward + 1e-9)) if forward else s.gamma
-            begun = seen + done * forward
-            rest = 0.0
-            if done < s.gamma:  # the forward under way ends, the others are for one branch
-                rest = max(0.0, begun + forward - verdict) + (s.gamma - done - 1) * s.draft
-            ready = verdict + rest
-        else:
-            ready = verdict + s.chain
-        waited += ready - verdict
-        clock = ready
+    lower, upper, draft = Station("lower layers", 1), Station("upper layers", 1), Station("draft", 1)
+    early, late, window = Barrier(2), Barrier(2), Barrier(2)
+    decided = [0]  # verdicts that have reached the draft
+
+    def target() -> Job:
+        for _ in range(steps):
+            yield Use(lower, s.lower)
+            yield Meet(early)
+            yield Use(upper, s.upper)
+            yield Use(Station("channel", 1), s.channel)
+            decided[0] += 1
+            yield Meet(late)
+            yield Meet(window)
+
+    def drafting() -> Job:
+        for step, covered in enumerate(hit):
+            yield Meet(early)
+            yield Use(Station("channel", 1), s.channel)
+            if covered:
+                for _ in range(s.gamma):
+                    yield Use(draft, s.rollout / s.gamma if decided[0] == step else s.draft)
+            yield Meet(late)
+            if not covered:  # nothing of the rollout came true: it was dropped when the verdict came
+                yield Use(draft, s.chain)
+            yield Meet(window)
+
+    seconds = stations.simulate([target(), drafting()])
     tokens = float(accepted.sum() + steps)
-    return {"mirror": tokens / clock, "waited": waited / steps, "tokens_per_step": tokens / steps}
+    own = s.lower + s.upper + s.channel
+    return {"mirror": tokens / seconds, "waited": seconds / steps - own, "tokens_per_step": tokens / steps}
 
 
 def best_exit(s: Setup, omega: dict[int, float]) -> tuple[int, float]:
