@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from stretto.bench.timeline import timeline
-from stretto.planning.mirror_times import Setup, best_exit, expected_tokens, rates, simulate
 from stretto.decoding.registry import make
 from stretto.errors import OptionError
 from stretto.models.context import plain_logits
+from stretto.planning.mirror_times import Setup, best_exit, expected_tokens, rates, simulate
 from tiny import V, engine, greedy, model, run, tokens
 
 TEXT = [5, 9, 7, 5, 9, 7, 11]

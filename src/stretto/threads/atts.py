@@ -85,7 +85,7 @@ class Line:
         s, salt = self.run.setting, OTHER if target else 0
         return SamplingParams(
             max_tokens=s.chunk, temperature=self.temperature, seed=self.seed ^ salt, stop=list(s.stop),
-            logprobs=0 if self.theirs is None else None,
+            logprobs=0 if s.variant in ("reject", "fork") else None,
         )
 
     def room(self) -> bool:
