@@ -91,9 +91,9 @@ class PackedLinear:
 
 
 def _as_halves(weight: Tensor) -> tuple[Tensor, float]:
-    """(halves h below 2^5, s a power of two) with weight = h s; exact for bfloat16 down to 2^-21 of the largest."""
+    """(halves h below 2^4, s a power of two) with weight = h s; exact for bfloat16 down to 2^-20 of the largest."""
     largest = weight.abs().max().item() if weight.numel() else 0.0
-    exponent = math.frexp(largest)[1] - 5 if 0 < largest < math.inf else 0
+    exponent = math.frexp(largest)[1] - 4 if 0 < largest < math.inf else 0
     return (weight.float() * 2.0**-exponent).half(), 2.0**exponent
 
 

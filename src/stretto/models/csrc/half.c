@@ -1,20 +1,22 @@
 /* Linears in half precision, where the processor multiplies it natively: twice the products of float32 per instruction.
 
    Weights that are stored in 16 bits become halves, times a power of two of the matrix; a row of inputs is rounded to
-   halves, times a power of two of that row alone. Both are below 2^5, so a sum of SUM products stays below 2^15 and
-   cannot overflow. Such a sum is added up in halves, in order, with one rounding a product; the sums are added in
-   float32, in order. The error (2^-11 of an input, some 2^-10 of a sum of 32) is below that of rounding the inputs to
-   bfloat16. As in linear.c, a row's bits are those it has alone. */
+   halves, times a power of two of that row alone. Both are below 2^4, so a sum of SUM products stays below 2^15 and
+   cannot overflow. Such a sum is added up in halves: chains of CHAIN products in order, with one rounding a product,
+   then the chains in order; the sums are added in float32, in order. The error (2^-11 of an input, some 2^-10 of a
+   chain) is below that of rounding the inputs to bfloat16. As in linear.c, a row's bits are those it has alone. */
 #include "native.h"
 
 #if HALF
 #include <immintrin.h>
 
-#define SUM 32      /* products that are added up in halves */
+#define SUM 128     /* products that are added up in halves: a sum in float32 costs the time of seven products */
+#define CHAIN 32    /* of these, one behind the other: most of the error */
 #define KB 256      /* inputs of a block: 16 KB of weights, a third of L1 */
 #define MB 96       /* rows of a tile */
 #define MR 16       /* rows of a register block */
 #define PAIR 8      /* up to so many rows run through two panels at once: two streams from memory */
+#define STREAMS 4   /* the next block is fetched in so many places at once: the hardware's prefetcher stays in a page */
 #define NEAR 2048   /* bytes ahead of the weights in use that are fetched into L1; the next block is into L2 */
 
 /* Packed rows: groups of four, [group][k][4] halves, so that few pointers reach many rows; then the rows' factors. */
@@ -22,7 +24,7 @@ size_t half_bytes(int64_t n, int64_t k) { return (size_t)(n + 3) / 4 * k * 8 + (
 
 static float *factors(const Product *p, const char *packed) { return (float *)(packed + (p->n + 3) / 4 * p->m->k * 8); }
 
-/* 2^e with |x| < 2^(e + 5) for all k of x; at least 2^-100 */
+/* 2^e with |x| < 2^(e + 4) for all k of x; at least 2^-99 */
 static float row_factor(const float *x, int k) {
     const vu magnitude = (vu){0} + 0x7fffffffu;
     vu high = (vu){0};
@@ -40,7 +42,7 @@ static float row_factor(const float *x, int k) {
         most = u > most ? u : most;
     }
     uint32_t e = most >> 23; /* the exponent of the largest, plus 127 */
-    e = (e < 31 ? 31 : e) - 4;
+    e = (e < 31 ? 31 : e) - 3;
     e <<= 23;
     float f;
     memcpy(&f, &e, 4);
@@ -91,25 +93,34 @@ INLINE void block(
     const char *ahead, const char *far) {
     const uint16_t *g[MR / 4];
     UNROLL for (int i = 0; i < (mr + 3) / 4; i++) g[i] = x + i * group;
-    for (int first = 0; first < kb; first += SUM) {
-        const int end = kb - first < SUM ? kb : first + SUM;
-        __m512h acc[MR][2];
-        UNROLL for (int r = 0; r < mr; r++) UNROLL for (int c = 0; c < np; c++) acc[r][c] = _mm512_setzero_ph();
-        for (int k = first; k < end; k++) {
-            __m512h wv[2];
-            UNROLL for (int c = 0; c < np; c++) {
-                wv[c] = _mm512_loadu_ph(w + c * panel + k * 64);
-                KEEP(wv[c]);
-                __builtin_prefetch(ahead + c * panel + k * 64, 0, 3);
-                __builtin_prefetch(far + c * panel + k * 64, 0, 2);
+    const char *next[STREAMS];
+    for (int i = 0; i < STREAMS; i++) next[i] = far + kb / STREAMS * i * 64;
+    for (size_t first = 0; first < (size_t)kb; first += SUM) { /* an int counter costs a tenth: see the addresses */
+        const size_t end = kb - first < SUM ? kb : first + SUM;
+        __m512h sum[MR][2];
+        for (size_t start = first; start < end; start += CHAIN) {
+            const size_t stop = end - start < CHAIN ? end : start + CHAIN;
+            __m512h acc[MR][2];
+            UNROLL for (int r = 0; r < mr; r++) UNROLL for (int c = 0; c < np; c++) acc[r][c] = _mm512_setzero_ph();
+            for (size_t k = start; k < stop; k++) {
+                __m512h wv[2];
+                UNROLL for (int c = 0; c < np; c++) {
+                    wv[c] = _mm512_loadu_ph(w + c * panel + k * 64);
+                    KEEP(wv[c]);
+                    __builtin_prefetch(ahead + c * panel + k * 64, 0, 3);
+                    __builtin_prefetch(next[k % STREAMS] + c * panel + k / STREAMS * 64, 0, 2);
+                }
+                UNROLL for (int r = 0; r < mr; r++) UNROLL for (int c = 0; c < np; c++)
+                    __asm__("vfmadd231ph %2%{1to32%}, %1, %0"
+                            : "+v"(acc[r][c]) : "v"(wv[c]), "m"(g[r / 4][4 * k + r % 4]));
             }
             UNROLL for (int r = 0; r < mr; r++) UNROLL for (int c = 0; c < np; c++)
-                __asm__("vfmadd231ph %2%{1to32%}, %1, %0" : "+v"(acc[r][c]) : "v"(wv[c]), "m"(g[r / 4][4 * k + r % 4]));
+                sum[r][c] = start > first ? _mm512_add_ph(sum[r][c], acc[r][c]) : acc[r][c];
         }
         UNROLL for (int r = 0; r < mr; r++) UNROLL for (int c = 0; c < np; c++) {
             float *t = tile + c * MB * PW + r * PW;
-            vf low = (vf)_mm512_cvtxph_ps((__m256h)_mm512_castsi512_si256((__m512i)acc[r][c]));
-            vf high = (vf)_mm512_cvtxph_ps((__m256h)_mm512_extracti64x4_epi64((__m512i)acc[r][c], 1));
+            vf low = (vf)_mm512_cvtxph_ps((__m256h)_mm512_castsi512_si256((__m512i)sum[r][c]));
+            vf high = (vf)_mm512_cvtxph_ps((__m256h)_mm512_extracti64x4_epi64((__m512i)sum[r][c], 1));
             if (k0 + first) low += load(t), high += load(t + VL);
             store(t, low), store(t + VL, high);
         }
