@@ -1,6 +1,7 @@
 """Draft-and-verify methods on the engine: same text, same law, same cache, same logits, and never at a loss."""
 
 import random
+import time
 
 import numpy as np
 import pytest
@@ -353,7 +354,11 @@ def test_bounds_of_n_are_refused(net):
 
 
 class Priced(Runner):
-    """A runner with a made-up latency curve: ``slope`` is the price of a further row in forwards of one row."""
+    """A runner with a made-up latency curve: ``slope`` is the price of a further row in forwards of one row.
+
+    Its forwards take that time by a clock that nothing else moves (``priced_time``)."""
+
+    now = 1.0
 
     def __init__(self, net, slope, one=1.0):
         super().__init__(net, slots=4096, backend="torch")
@@ -365,14 +370,20 @@ class Priced(Runner):
 
     def forward(self, batch, early=None):
         self.ran += 1
+        Priced.now += self._price(len(batch.tokens))
         return super().forward(batch, early)
+
+
+@pytest.fixture
+def priced_time(monkeypatch):
+    monkeypatch.setattr(time, "perf_counter", lambda: Priced.now)
 
 
 def planned(net, draft, slope, name, options, texts, params, *, step=0.2):
     eng = engine(net)
     eng.runner.__class__, eng.host.plan = Priced, True
     priced = Priced(net, slope)
-    eng.runner.curve = priced.curve
+    eng.runner.curve, eng.runner._price = priced.curve, priced._price
     second = Priced(draft, 0.0, step)
     eng.host.open_runner = lambda model: second
     method = make(name, eng.host, options)
@@ -380,7 +391,7 @@ def planned(net, draft, slope, name, options, texts, params, *, step=0.2):
     return complete(eng, method, texts, params), second, method
 
 
-def test_a_useless_draft_is_switched_off_and_says_why(net):
+def test_a_useless_draft_is_switched_off_and_says_why(net, priced_time):
     texts, params = prompts(2, 12), greedy(200, ignore_eos=True)
     got, second, _ = planned(net, model(seed=1), 0.3, "draft", {"model": "x"}, texts, params)
     assert [tokens(s) for s in got] == reference(net, texts, params)
@@ -390,12 +401,12 @@ def test_a_useless_draft_is_switched_off_and_says_why(net):
     assert second.ran < 40, "a few steps to learn it, and rare probes"
 
 
-def test_a_good_draft_stays_on_and_long(net):
-    got, _, _ = planned(net, net, 0.02, "draft", {"model": "x"}, prompts(1, 12), greedy(120, ignore_eos=True))
+def test_a_good_draft_stays_on_and_long(net, priced_time):
+    got, _, _ = planned(net, net, 0.02, "draft", {"model": "x"}, prompts(1, 12), greedy(240, ignore_eos=True), step=0.02)
     assert got[0].seq.metrics.tokens_per_forward > 5 and not got[0].seq.metrics.notes
 
 
-def test_dear_rows_switch_everything_off(net):
+def test_dear_rows_switch_everything_off(net, priced_time):
     params = greedy(60, ignore_eos=True)
     for case, (name, options) in CASES.items():
         got, _, _ = planned(net, near(), 1.0, name, options, prompts(1, 13), params)
@@ -404,7 +415,7 @@ def test_dear_rows_switch_everything_off(net):
         assert tokens(got[0]) == reference(net, prompts(1, 13), params)[0], case
 
 
-def test_a_probe_finds_out_that_drafting_pays_again(net):
+def test_a_probe_finds_out_that_drafting_pays_again(net, priced_time):
     """The draft is wrong at first and perfect later: the planner notices within its probes."""
     class Turning(Priced):
         good = False
@@ -418,7 +429,8 @@ def test_a_probe_finds_out_that_drafting_pays_again(net):
 
     eng = engine(net)
     eng.host.plan = True
-    eng.runner.curve = Priced(net, 0.02).curve
+    eng.runner.__class__, priced = Priced, Priced(net, 0.02)
+    eng.runner.curve, eng.runner._price, eng.runner.ran = priced.curve, priced._price, 0
     second = Turning(net, 0.0, 0.05)
     eng.host.open_runner = lambda model: second
     stream = eng.add(prompts(1, 14)[0], greedy(450, ignore_eos=True), make("draft", eng.host, {}))[0]

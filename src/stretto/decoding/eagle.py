@@ -97,7 +97,7 @@ class Eagle:
 
     def admit(self, seq: Sequence) -> None:
         require_causal(self._host, self.name)
-        seq.state = self.guide.planner.pace()
+        self.guide.admit(seq)
 
     def prefill(self, seq: Sequence) -> int:
         return len(seq.tokens) - 1

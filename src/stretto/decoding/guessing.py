@@ -269,6 +269,12 @@ class Guide:
         self._waking.discard(seq.id)
         return seq.state.rates.gains(range(n))
 
+    def admit(self, seq: Sequence) -> None:
+        """A sequence that begins while the method sleeps keeps no states of its prompt: it may share any prefix."""
+        seq.state = self.planner.pace()
+        if self.planner.napping:
+            seq.taps = ()
+
     def release(self, seq: Sequence) -> None:
         self._waking.discard(seq.id)
         seq.state = None

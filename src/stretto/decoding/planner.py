@@ -3,9 +3,9 @@
 A step over B sequences that drafts K tokens is worth (B + sum of their path products) / (t_fixed + t_draft + t(B + K))
 tokens a second. Drafts are taken in the order of their products, whosever they are (water-filling), as long as the
 best value lies ahead; K = 0 is among the choices and costs nothing: where it is chosen the method rests, which is plain
-decoding. A bank keeps it honest: drafts and probes are paid from it at their measured cost, every right draft pays in
-the time of a plain step, and one per cent of all time comes on top. While it is overdrawn the method rests, so that it
-never loses more than that one per cent, whatever its rates promise.
+decoding. A bank keeps it honest (``bank.py``): every step with drafts is booked by the wall clock against the plain
+steps that its tokens would have taken, and one per cent of all time comes on top. While it is overdrawn the method
+rests, so that it never loses more than that one per cent, whatever its rates promise.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Hashable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
+from stretto.decoding.bank import Bank
 from stretto.decoding.costs import Costs, Rates, Typical, allot
 from stretto.decoding.verify import choose
 from stretto.engine.host import Host
@@ -27,12 +28,10 @@ __all__ = ["Costs", "Pace", "Planner", "Rates", "allot", "rested", "room"]
 OWN_HORIZON, SHARED_HORIZON = 24, 96  # trials that the averages remember
 FIRST_TRIALS = 1  # what a method's prior counts for
 PRIOR_TRIALS = 4  # what the shared rates count for at most in a new sequence
-ALLOWANCE = 0.01  # of the time of plain decoding: what looking for gains may cost
-WEALTH = 8  # plain steps that the bank holds at most: what may be lost where a text changes for the worse
-START = 4  # plain steps in the bank at first: enough for some probes of a method that nothing is known of
 PROBE_GAP = 16  # steps of one sequence between two probes
 REST = 32  # steps of a sequence that is switched off between two looks at offers that do not change
-DECLINES, NAP, LONGEST_NAP = 8, 32, 256  # looks in vain in a row, whosever, before all rest; steps of the first nap
+DECLINES, AGAIN = 8, 3  # looks in vain in a row, whosever, before all rest; after a nap
+NAP, LONGEST_NAP = 32, 512  # steps of naps, which double
 REPLAN = 4  # drafted steps between two decisions on the same offer
 SAMPLE = 8  # steps to one whose overhead is looked at
 ROOT, RESTED = range(1), "rested"
@@ -63,11 +62,10 @@ class Pace:
     rates: Rates
     off: bool = False
     rest: int = 0  # steps for which it does not even make an offer
-    price: float = 0.0  # seconds that the drafts of this step cost
     idle: int = 0  # declined steps in a row
     waited: int = 0  # declined steps since the last probe
     probing: int = 0  # steps that the probe under way may go on without a hit
-    memo: dict[tuple, tuple[int, float]] = field(default_factory=dict)  # (drafts, price), for REPLAN steps
+    memo: dict[tuple, int] = field(default_factory=dict)  # drafts, for REPLAN steps
     age: int = 0
     noted: bool = False
 
@@ -95,14 +93,13 @@ class Planner:
             except CapacityError as e:
                 self.active = False
                 host.notes.append(f"drafting by fixed lengths: {e}")
-        self._own = (Typical(), Typical())  # seconds per sequence of a step without drafts, with drafts
+        self.bank = Bank(self.target, patience) if self.target is not None else None
+        self._own = Typical()  # seconds per sequence of a step with drafts
         self._between = Typical()  # seconds from a commit to the next propose
-        self._around = (Typical(), Typical())  # from propose to commit, without the forward by its curve
+        self._around = Typical()  # from propose to commit, without the forward by its curve
         self._table: list[float] | None = None  # the curve used last
         self._longest = self.target.one if self.target is not None else 0.0  # more is waiting, not work
-        self._spent = self._paused = self._ended = 0.0
-        self._plain = self._longest  # seconds of a plain step
-        self.bank = START * self._plain
+        self._spent = self._begun = self._paused = self._ended = 0.0
         self._tick = 0
         self._vain, self._nap, self._next_nap = 0, 0, NAP  # looks in vain in a row; steps to rest now, and next time
         self._unprobed = 0  # steps of any sequence since the last probe
@@ -116,8 +113,12 @@ class Planner:
     @property
     def overhead(self) -> float:
         """Seconds of a step with drafts beside its forward; 0 until it is known."""
-        known = self._around[1].value or self._around[0].value
-        return max(0.0, self._between.value) + self._own[1].value + max(0.0, known)
+        return max(0.0, self._between.value) + self._own.value + max(0.0, self._around.value)
+
+    @property
+    def napping(self) -> bool:
+        """Whether the next step will be plain decoding, whatever it is."""
+        return self._nap > 0
 
     def begin(self) -> float:
         """Call first in propose; the moment, for ``pause``. Times are looked at in one step of SAMPLE."""
@@ -129,16 +130,24 @@ class Planner:
 
     def pause(self, start: float, without: float = 0.0) -> None:
         """Call last in propose; ``without``: seconds of forwards in between."""
-        self._paused = time.perf_counter()
+        self._begun, self._paused = start, time.perf_counter()
         self._spent = self._paused - start - without
+
+    def once(self, seconds: float) -> None:
+        """What this step took for the benefit of many others (plans, tables): it is not the step's."""
+        if self.bank is not None:
+            self.bank.spare(seconds)
 
     def end(self, start: float, sequences: int, drafted: int) -> None:
         """Call last in commit; ``start``: when it began, ``drafted``: rows beyond one for each sequence."""
         self._ended = now = time.perf_counter()
-        kind = drafted > 0
-        self._own[kind].learn((self._spent + now - start) / sequences)
+        if not drafted:
+            return
+        self._own.learn((self._spent + now - start) / sequences)
         if self._table is not None and sequences + drafted < len(self._table):
-            self._around[kind].learn(start - self._paused - self._table[sequences + drafted])
+            forward = self._table[sequences + drafted]
+            self._around.learn(start - self._paused - forward)
+            self.bank.expect(forward + self._paused - self._begun + now - start)
 
     def rest(self, seqs: Seq[Sequence], paces: Seq[Pace]) -> list[Step] | None:
         """Call before anything else in propose: the steps of plain decoding where nobody shall draft now.
@@ -147,22 +156,36 @@ class Planner:
         """
         if not self.active:
             return None
-        if self._nap <= 0 and self.bank >= 0.0:
+        if self._nap > 0:
+            self._nap -= len(paces)
+            self._unprobed += len(paces)
+            for seq, pace in zip(seqs, paces, strict=True):
+                if not pace.noted:
+                    pace.noted = True
+                    seq.metrics.note(f"speculation off: it did not pay before ({self._why})")
+            return [Step([seq.tokens[-1]], extra=RESTED) for seq in seqs]
+        bank, n = self.bank, len(seqs)
+        bank.settle(seqs)
+        if bank.open(n):
             for pace in paces:
                 if pace.rest <= 0:
+                    bank.enter(plain=False)
                     return None
-        napping = self._nap > 0
-        self._nap -= len(paces)
-        self._unprobed += len(paces)
-        for seq, pace in zip(seqs, paces, strict=True):
+        elif bank.debt:
+            self._why = "by the clock its steps took longer than plain ones for the tokens that they won"
+            self._sleep(min(bank.debt, REST))
+        bank.enter(plain=True)
+        self._unprobed += n
+        for pace in paces:
             pace.rest -= 1
             pace.waited += 1
-            if napping and not pace.noted:
-                pace.noted = True
-                seq.metrics.note(f"speculation off: it did not pay for the texts before ({self._why})")
-        self._earn(ALLOWANCE * len(paces) * self._plain)
         self._ended = 0.0
         return [Step([seq.tokens[-1]], extra=RESTED) for seq in seqs]
+
+    def _sleep(self, steps: int) -> None:
+        """Plain decoding for so many steps of whatever sequences, without a look at anything."""
+        self._nap, self._ended = steps, 0.0
+        self.bank.slept(steps)
 
     def asleep(self, seq: Sequence, pace: Pace) -> bool:
         """Whether the method is switched off for this step of ``seq`` and need not even make an offer."""
@@ -171,10 +194,6 @@ class Planner:
         pace.rest -= 1
         pace.waited += 1
         return True
-
-    def _earn(self, seconds: float) -> None:
-        """Debts beyond what a method starts with are forgiven: on a busy machine prices may have been wrong."""
-        self.bank = max(-START * self._plain, min(self.bank + seconds, WEALTH * self._plain))
 
     def allot(
         self, seqs: Seq[Sequence], paces: Seq[Pace], offers: Seq[Seq[float]], *, width: int = 1,
@@ -187,26 +206,23 @@ class Planner:
         if not self.active:
             return [len(o) for o in offers]
         if not any(offers):
-            self._looked(len(seqs))
             self._in_vain()
             return [0] * len(seqs)
         if len(seqs) > 1:
             return self._allot(seqs, paces, offers, width, depths, entry)
         pace = paces[0]
         key = (tag, len(offers[0]), len(seqs[0].tokens).bit_length(), pace.off)
-        count, price = pace.memo.get(key, (None, 0.0))
+        count = pace.memo.get(key)
         if count and not pace.off:
-            pace.price = price
             return [count]
         idle = pace.idle + 1
         if count == 0 and not pace.probing and idle != self._note_after and pace.waited < PROBE_GAP:
             pace.idle = idle
             pace.waited += 1
-            self._looked(1)
             self._in_vain()
             return [0]
         counts = self._allot(seqs, paces, offers, width, depths, entry)
-        pace.memo[key] = (0 if pace.off else counts[0], pace.price)
+        pace.memo[key] = 0 if pace.off else counts[0]
         return counts
 
     def _allot(
@@ -218,10 +234,8 @@ class Planner:
         drafts = sum(map(len, offers))
         target = self.target.table(context, n + width * drafts)
         self._table = target
-        own = self._own[1].value - self._own[0].value
-        plain = self._around[0].value  # until it is known, waiting for the core cannot be told from work
-        around = self._around[1].value - plain if plain else 0.0
-        own = max(0.0, own) + max(0.0, around) / n
+        fixed = self.bank.overhead(n)
+        own = max(0.0, n * self._own.value + self._around.value + self._between.value - fixed) / n
         extra = [own] * n
         if entry is not None:
             extra = [own + e / min(32, s.remaining) for e, s in zip(entry, seqs, strict=True)]
@@ -231,27 +245,17 @@ class Planner:
             levels = [scale * t for t in self.draft.table(context, drafts)[: drafts + 2]]
         counts, rate = allot(
             [[RETURN_MARGIN * g for g in o] if p.off else o for p, o in zip(paces, offers, strict=True)],
-            target, fixed=max(0.0, self._between.value + self._around[0].value), extra=extra, width=width,
+            target, fixed=max(0.0, fixed), extra=extra, width=width,
             levels=levels, depths=depths, margin=MARGIN,
         )
-        self._plain = (target[n] + max(0.0, self._between.value + self._around[0].value)) / n
-        self._looked(sum(not c for c in counts))
         self.level = rate * levels[1] if levels is not None else 0.0
         self.row = rate * (target[n + width * drafts] - target[n]) / drafts
         for i, (pace, offer) in enumerate(zip(paces, offers, strict=True)):
-            once = entry[i] if entry is not None else 0.0
             if counts[i]:
                 pace.off, pace.idle, pace.probing = False, 0, 0
             elif offer:
-                counts[i] = self._declined(seqs[i], pace, offer, n, target, levels, own + once, width)
-            if counts[i]:
-                pace.price = own + self._rows(counts[i], n, target, levels, width)
-                self._earn(-once)
+                counts[i] = self._declined(seqs[i], pace, offer, n, target, levels, extra[i], width)
         return counts
-
-    def _looked(self, times: int) -> None:
-        """Offers were made and came to nothing: what that took, without what the time allows."""
-        self._earn(times * (ALLOWANCE * self._plain - self._own[0].value))
 
     def _rows(self, count: int, n: int, target: Seq[float], levels: Seq[float] | None, width: int) -> float:
         """Seconds that ``count`` drafts of one sequence add to a forward over ``n`` sequences."""
@@ -269,7 +273,7 @@ class Planner:
         k = min(self._probe, len(offer))
         if not pace.probing:
             waited = max(pace.waited, self._unprobed)
-            if waited < PROBE_GAP or self.bank < start + self._rows(k, n, target, levels, width):
+            if waited < PROBE_GAP or self.bank.balance < start + self._rows(k, n, target, levels, width):
                 if self._steady and pace.idle >= self._note_after:
                     pace.rest = REST
                 self._in_vain()
@@ -282,8 +286,9 @@ class Planner:
         """A look that came to nothing. Many in a row, also of different sequences, and the method naps: texts may be
         too short for each of them to find out anew what all the others did."""
         self._vain += 1
-        if self._steady and self._vain >= DECLINES:
-            self._vain, self._nap = 0, self._next_nap
+        if self._steady and self._vain >= (DECLINES if self._next_nap == NAP else AGAIN):
+            self._vain = 0
+            self._sleep(self._next_nap)
             self._next_nap = min(2 * self._next_nap, LONGEST_NAP)
 
     def _note(
@@ -345,7 +350,6 @@ class Planner:
 
     def probed(self, pace: Pace, accepted: int) -> None:
         """Settle a step with drafts. A probe that found nothing ends; one that did goes on, and weighs more."""
-        self._earn((accepted + ALLOWANCE) * self._plain - pace.price)
         if accepted:
             self._vain, self._next_nap = 0, NAP
         if pace.probing:

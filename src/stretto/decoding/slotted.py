@@ -179,7 +179,8 @@ class Slotted:
         offers = [self._offer(seq, ready) for seq in seqs]
         counts = self.planner.allot(seqs, paces, offers, width=ready.width)
         steps = [self._step(seq, ready) if c else Step([seq.tokens[-1]]) for seq, c in zip(seqs, counts, strict=True)]
-        self.planner.pause(start, self._making)
+        self.planner.pause(start + self._making)
+        self.planner.once(self._making)
         return steps
 
     def steps(self, seqs: list[Sequence]) -> list[Step]:

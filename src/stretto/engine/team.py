@@ -107,9 +107,9 @@ def join_runs(parts: Sequence[Reading | int]) -> Runs:
 def whole(items: Iterable[Any]) -> list[Any]:
     """Those (each with a ``seq``) whose team is complete among them, or that have none."""
     items = list(items)
-    found = Counter(x.seq.team for x in items if x.seq.team is not None)
-    if not found:
+    if all(x.seq.team is None for x in items):
         return items
+    found = Counter(x.seq.team for x in items if x.seq.team is not None)
     return [x for x in items if x.seq.team is None or found[x.seq.team] >= x.seq.team.size]
 
 
