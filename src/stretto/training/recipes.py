@@ -299,7 +299,7 @@ _ALL: tuple[AnyRecipe, ...] = (
     ),
     PartRecipe(
         name="zoo-tiny-hidden-transfer", purpose="transfer matrices for zoo:tiny", kind="hidden_transfer",
-        options={"entries": [2, 2, 2, 2]}, rows=6, lr=2e-2, weight_decay=0.0, warmup=10, average=0.97,
+        options={"entries": [2, 2, 2, 2]}, rows=6, lr=2e-2, weight_decay=0.0, warmup=10, average=0.97, minutes=20,
     ),
     DistillRecipe(
         name="zoo-tiny-dparallel", purpose="certain about many tokens at once (dParallel), from zoo:tiny-blocks",
