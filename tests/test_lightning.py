@@ -1,16 +1,21 @@
 """LightningRL: rewards, advantages and loss by hand; rollouts whose recorded law the training forward repeats."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
 import torch
 
 from stretto.errors import OptionError, UnsupportedError
+from stretto.models import checkpoint
+from stretto.training import lightning_run
 from stretto.training.lightning import Lightning, advantages, keep_group, lightning, policy_loss
 from stretto.training.nets import PackedNet
 from stretto.training.policy import rollout_engine
+from stretto.training.recipes import run_recipe
 from stretto.training.rollouts import logps, path_rows, roll_out
+from stretto.zoo import workbook
 from tiny import EOS, MASK, model
 
 B = 4
@@ -150,3 +155,31 @@ def test_bad_input(net):
         roll_out(engine, PROMPTS, 2, max_tokens=4, seed=0, temperature=0.0)
     with pytest.raises(UnsupportedError, match="block diffusion"):
         next(lightning(model(), [(PROMPTS[0], bool)], Lightning(), steps=1, stop_ids=[EOS]))
+
+
+def test_the_recipe_ships_a_model_and_resumes(tmp_path, monkeypatch):
+    """Two steps and two more are the four of an uninterrupted run, weights and log; wrong answers teach nothing."""
+    section = {"attention": "block", "block_size": 8, "mask_token_id": 2}
+    ends = list(range(4, 400))  # so that random answers end by themselves
+    checkpoint.save(model(stretto=section, vocab_size=2048, eos_token_id=ends), tmp_path / "base")
+    prompts = lightning_run.prompts_of(("list_copy", "json_call"), 0, (4,))
+    (ids, verify), example = prompts[0], workbook.examples("list_copy", "train", 1, 77)[0]
+    assert len(prompts) == 2 * lightning_run.EACH and ids == workbook.encode(example)[0]
+    assert verify(workbook.encode(example)[1]) == 1.0 and verify([9, 4]) == 0.0
+    some = [(p[-6:], lambda out: float(sum(out) % 2)) for p, _ in prompts[:6]]
+    monkeypatch.setattr(lightning_run, "prompts_of", lambda tasks, seed, stops: some)
+    options = {"prompts_per_step": 2, "group_size": 4, "max_tokens": 9, "threshold": 0.0005, "temperature": 3.0}
+
+    def go(out, steps):
+        how = {"base": tmp_path / "base", "changes": {"options": options}, "report": lambda r: None}
+        return run_recipe("tiny-lightningrl", out=tmp_path / out, steps=steps, **how)
+
+    assert go("parts", 2)["steps"] == 2
+    parts, whole = go("parts", 4), go("whole", 4)
+    assert parts["steps"] == 4 and parts["curve"] == whole["curve"]
+    a, b, base = (checkpoint.load(tmp_path / f, dtype="float32") for f in ("parts", "whole", "base"))
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    assert a.config.block_size == 8 and a.config.attention == "block"
+    log = [json.loads(line) for line in (tmp_path / "parts.training" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [0, 1, 2, 3] and not all(line["skipped"] for line in log)
+    assert any(not torch.equal(x, y) for x, y in zip(a.parameters(), base.parameters(), strict=True))

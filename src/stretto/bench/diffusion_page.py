@@ -34,6 +34,7 @@ ENTRIES: tuple[tuple[str, str, str, dict[str, Any]], ...] = (  # (label, model, 
     ("blocks, fine-tuned on own answers", "tiny-own-sft", "diffusion", {"threshold": 0.6}),
     ("blocks, dParallel", "tiny-dparallel", "diffusion", {"unmask": "entropy", "threshold": 0.5}),
     ("blocks, CD4LM", "tiny-cd4lm", "diffusion", {"unmask": "cad"}),
+    ("blocks, LightningRL", "tiny-lightningrl", "diffusion", {"threshold": 0.9}),
     ("blocks, mixture of experts", "tiny-blocks-moe", "diffusion", {"threshold": 0.9}),
     ("blocks, mixture of experts, DES", "tiny-blocks-moe", "diffusion",
      {"threshold": 0.9, "moe_sharing": "vote", "moe_budget": 4}),
@@ -47,8 +48,7 @@ ENTRIES: tuple[tuple[str, str, str, dict[str, Any]], ...] = (  # (label, model, 
     ("full attention, Learn2PD filter", "tiny-diffusion", "diffusion", {"unmask": "filter"}),
 )
 
-WITHOUT = {  # systems of this page that have no weights of their own in the zoo
-    "blocks, LightningRL": "trained by its own evidence for seconds, see systems/lightningrl.md",
+WITHOUT = {  # systems of this page that have no recipe
     "full attention, NAP": "its streams are trained by its own evidence, see systems/nap.md",
 }
 

@@ -20,7 +20,10 @@ SYSTEM = System(
         "LightningRL: Breaking the Accuracy-Parallelism Trade-off of Block-wise dLLMs via "
         "Reinforcement Learning, 4 Mar 2026 (arXiv 2603.13319)"
     ),
-    parts=("stretto.training.lightning", "stretto.training.policy", "stretto.training.rollouts"),
+    parts=(
+        "stretto.training.lightning", "stretto.training.lightning_run", "stretto.training.policy",
+        "stretto.training.rollouts",
+    ),
     command="stretto reproduce lightningrl",
     claims=(
         Claim(
@@ -82,17 +85,10 @@ def evidence(quick: bool) -> dict[str, Any]:
 def _run(model: Any, settings: Any, seconds: float) -> dict[str, Any]:
     """Train for ``seconds``; how many steps that was, and the rollouts' own figures at the start and the end."""
     from stretto.training.lightning import lightning
-    from stretto.zoo import workbook
+    from stretto.training.lightning_run import prompts_of
 
-    tokenizer = workbook._tokenizer()
     stops = model.config.eos_token_ids
-
-    def verifier(example: Any) -> Any:
-        score = workbook.TASKS[example.task].score
-        return lambda ids: score(example.prompt, tokenizer.decode([t for t in ids if t not in stops]), example.answer)
-
-    found = [workbook.examples(task, "train", 256, 77 + settings.seed) for task in TASKS]
-    prompts = [(workbook.encode(e)[0], verifier(e)) for group in zip(*found, strict=True) for e in group]
+    prompts = prompts_of(TASKS, settings.seed, stops)
     end = time.monotonic() + seconds
     clock = lambda: time.monotonic() < end
     steps = list(lightning(model, prompts, settings, steps=10_000, stop_ids=stops, clock=clock))

@@ -123,7 +123,7 @@ def _trained(kind: str, seconds: float) -> tuple[Any, dict[str, Any]]:
 
     data = PackedData(pool, rows=12, length=160, pad_id=model.config.pad_token_id, seed=0)
     config = TrainConfig(minutes=seconds / 60, lr=2e-3, adam_lr=1e-3, warmup=5, decay=0.5)
-    record = Trainer(model, PackedNet(model), MaskedDiffusion(mask, law="count"), data, config).run()
+    record = Trainer(model, PackedNet(model), MaskedDiffusion(mask, law="count", suffix=0.5), data, config).run()
     return model.eval(), {"steps": record.step, "tokens": record.tokens, "loss": round(record.loss, 4)}
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from stretto.errors import OptionError, UnsupportedError
 from stretto.models.transformer import Transformer
 from stretto.training.nets import PackedNet
+from stretto.training.optim import MuonAdamW
 from stretto.training.policy import CLAMP, Verifier, clipped, rollout_engine, some, verdict, zscore
 from stretto.training.rollouts import Kind, Path, logps, path_rows, roll_out
 
@@ -61,6 +62,7 @@ class Step:
     accuracy: float
     tokens_per_forward: float
     groups: int  # that passed the filters
+    tokens: int = 0  # of all responses
     loss: float = 0.0
     clip_fraction: float = 0.0
     kl: float = 0.0
@@ -117,18 +119,21 @@ def policy_loss(
 def lightning(
     model: Transformer, prompts: Sequence[tuple[Sequence[int], Verifier]], settings: Lightning, *, steps: int,
     stop_ids: Sequence[int], report: Callable[[Step], None] | None = None, clock: Callable[[], bool] | None = None,
+    first: int = 0, optimizer: MuonAdamW | None = None, reference: Transformer | None = None,
 ) -> Iterator[Step]:
     """Train ``model`` in place on prompts with verifiers of the answer's ids; yields after every step.
 
-    Prompts are walked in order, from the front again at the end. ``clock`` false ends the run early.
+    Prompts are walked in order, from the front again at the end. ``clock`` false ends the run early. A run that goes
+    on gives its ``first`` step, its ``optimizer`` and the ``reference``, the initial model.
     """
     if model.config.attention != "block" or model.config.mask_token_id is None:
         raise UnsupportedError(
             f"LightningRL trains block diffusion models; this one has {model.config.attention!r} attention"
         )
-    s, reference = settings, copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, weight_decay=0.0)
-    for step in range(steps):
+    s = settings
+    reference = reference or copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = optimizer or MuonAdamW(model, lr=s.lr, adam_lr=s.lr, weight_decay=0.0, muon=False)
+    for step in range(first, steps):
         if clock is not None and not clock():
             return
         chosen = some(prompts, step, s.prompts_per_step)
@@ -137,7 +142,7 @@ def lightning(
             engine, [p for p, _ in chosen], s.group_size, max_tokens=s.max_tokens, seed=s.seed * 1009 + step,
             threshold=s.threshold, temperature=s.temperature,
         )
-        seen = Step(step, 0.0, 0.0, 0)
+        seen = Step(step, 0.0, 0.0, 0, sum(p.length for group in groups for p in group))
         kept = _judged(groups, [v for _, v in chosen], s, seen)
         if kept:
             _update(model, reference, optimizer, kept, s, seen)
@@ -172,7 +177,7 @@ def _judged(
 
 
 def _update(
-    model: Transformer, reference: Transformer, optimizer: torch.optim.Optimizer, kept: list[Judged], s: Lightning,
+    model: Transformer, reference: Transformer, optimizer: MuonAdamW, kept: list[Judged], s: Lightning,
     seen: Step,
 ) -> None:
     """One pass over the batch in micro batches, one update (the paper's one epoch per rollout batch)."""
@@ -187,7 +192,6 @@ def _update(
     correct = [r for _, r1, _ in kept for r in r1]
     order = sorted(range(len(paths)), key=lambda i: len(paths[i].ids))  # like lengths together
     parts = [order[i : i + s.micro_batch] for i in range(0, len(order), s.micro_batch)]
-    optimizer.zero_grad()
     for part in parts:
         rows = path_rows([paths[i] for i in part], block, mask_id, s.logp, s.shrink)
         row = rows.labels.nonzero()[:, 0]
@@ -202,4 +206,4 @@ def _update(
         seen.clip_fraction += float(clipped) * share
         seen.kl += float(kl.detach()) * share
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
+    optimizer.step(1.0)

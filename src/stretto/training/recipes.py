@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from stretto.training.trainer import Record
 
 __all__ = [
-    "RECIPES", "DistillRecipe", "FilterRecipe", "PartRecipe", "Recipe", "ThreadsRecipe", "find_recipe", "run_recipe",
+    "RECIPES", "DistillRecipe", "FilterRecipe", "PartRecipe", "RLRecipe", "Recipe", "ThreadsRecipe", "find_recipe",
+    "run_recipe",
 ]
 
 
@@ -192,6 +193,25 @@ class ThreadsRecipe:
         return self.name.removeprefix("zoo-")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RLRecipe:
+    """How a block diffusion model is taught to be right in few forwards (``training/lightning_run.py``). ``options``:
+    of ``lightning.Lightning``."""
+
+    name: str
+    purpose: str
+    base: str = "zoo:tiny-blocks"
+    tasks: tuple[str, ...] = ("math_gains", "list_sort", "json_call")
+    options: Mapping[str, Any] = field(default_factory=dict)
+    minutes: float = 40.0
+    seed: int = 0
+
+    @property
+    def model(self) -> str:
+        """The name of the model in the zoo."""
+        return self.name.removeprefix("zoo-")
+
+
 _MIX = {  # the tasks that are learnt late get a larger share
     "list_copy": 1.5, "list_reverse": 1, "list_sort": 1.5, "list_double": 1, "list_pairs": 0.6,
     "math_gains": 3, "math_price": 1.2, "math_boxes": 1.2, "json_call": 1, "json_batch": 0.4,
@@ -205,7 +225,7 @@ _LATE = {  # what a distilled model forgets first
     "table_where": 1.6,
 }
 
-AnyRecipe = Recipe | PartRecipe | DistillRecipe | FilterRecipe | ThreadsRecipe
+AnyRecipe = Recipe | PartRecipe | DistillRecipe | FilterRecipe | ThreadsRecipe | RLRecipe
 _ALL: tuple[AnyRecipe, ...] = (
     Recipe(name="zoo-tiny", purpose="autoregressive, the target of every lossless method"),
     Recipe(
@@ -312,6 +332,10 @@ _ALL: tuple[AnyRecipe, ...] = (
     DistillRecipe(
         name="zoo-tiny-own-sft", purpose="plain fine-tuning on own answers, the control of both", objective="sft",
     ),
+    RLRecipe(
+        name="zoo-tiny-lightningrl", purpose="right in few forwards (LightningRL), from zoo:tiny-blocks",
+        options={"prompts_per_step": 8, "max_tokens": 48, "lr": 5e-5},
+    ),
     FilterRecipe(
         name="zoo-tiny-blocks-filter", purpose="which predictions are final (Learn2PD), for zoo:tiny-blocks",
         base="zoo:tiny-blocks",
@@ -346,6 +370,7 @@ def run_recipe(
     ``training.json``.
     """
     from stretto.training.learn2pd import run_filter
+    from stretto.training.lightning_run import run_rl
     from stretto.training.parts import run_part
     from stretto.training.run import run
     from stretto.training.self_distill import run_distill
@@ -357,7 +382,7 @@ def run_recipe(
         minutes = recipe.minutes
     makers: dict[type, Callable[..., dict[str, Any]]] = {
         Recipe: run, PartRecipe: run_part, DistillRecipe: run_distill,
-        FilterRecipe: run_filter, ThreadsRecipe: run_threads,
+        FilterRecipe: run_filter, ThreadsRecipe: run_threads, RLRecipe: run_rl,
     }
     return makers[type(recipe)](
         recipe, Path(out or recipe.model), minutes=minutes, steps=steps, resume=resume, threads=threads,

@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -109,13 +109,24 @@ def prepare(out: Path, resume: bool, threads: int | None, device: str) -> tuple[
     return device, work
 
 
-def watched(name: str, trainer: Trainer, report: Callable[[Record], None] | None) -> Record:
+class Watched(Protocol):
+    """What a progress bar and ``training.json`` read of a trainer."""
+
+    model: Any
+    device: torch.device
+
+    def progress(self) -> float: ...
+
+    def run(self, report: Callable[[Record], None] | None = None) -> Record: ...
+
+
+def watched(name: str, trainer: Watched, report: Callable[[Record], None] | None) -> Record:
     """Run ``trainer``, with a progress bar unless ``report`` sees the steps."""
     with _progress(name, trainer) if report is None else nullcontext(report) as show:
         return trainer.run(show)
 
 
-def provenance(recipe: Any, trainer: Trainer, record: Record) -> dict[str, Any]:
+def provenance(recipe: Any, trainer: Watched, record: Record) -> dict[str, Any]:
     """What ``training.json`` says of every run."""
     return {
         "recipe": recipe.name, "base": recipe.base, "parameters": sum(p.numel() for p in trainer.model.parameters()),
@@ -310,7 +321,7 @@ def matcher(recipe: Recipe, net: PackedNet) -> Matcher:
 class _progress:
     """A progress bar over the budget, with loss and speed."""
 
-    def __init__(self, name: str, trainer: Trainer):
+    def __init__(self, name: str, trainer: Watched):
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
         self._bar = Progress(

@@ -52,6 +52,7 @@ _ALL = (
     ZooModel("tiny-multiverse", "autoregressive, writes parallel blocks", "reasons on several paths at the same time"),
     ZooModel("tiny-threads", "autoregressive, writes threads of reasoning", "reasons in threads (ThreadWeaver)"),
     ZooModel("tiny-blocks-moe", "masked diffusion, block-causal, mixture of experts", "shares experts in a block"),
+    ZooModel("tiny-lightningrl", "masked diffusion, block-causal (kind B)", "right in few forwards, by its rewards"),
     ZooModel("tiny-wedlm", "autoregressive and masked recovery, causal", "fills a window of masks in any order"),
     ZooModel("tiny-moe", "autoregressive, mixture of experts", "experts, placement, offload", draft="tiny-draft"),
 )
