@@ -15,6 +15,7 @@ from stretto.threads.atts import Line, aatts, atts, calibrate, fingerprint
 from stretto.threads.chains import Setting, Turn, answer_in, wilson
 from stretto.threads.conformal import Calibration
 from stretto.threads.homes import Home, at_home
+from stretto.threads.row_prices import Replayed, best_gain, prices, replayed
 from stretto.zoo.models import resolve
 
 ASK = "<|im_start|>user\n{} has {} plums. Ben brings {} more. How many?<|im_end|>\n<|im_start|>assistant\n"
@@ -317,3 +318,24 @@ def test_the_verb_answers_and_calibrates(tmp_path):
     assert found["rates"][0]["n"] == 6 and found["tokens"]["scored"] == found["tokens"]["draft"]
     other = CliRunner().invoke(app, ["scale", *asked, *small, "--calibration", file, "--raw"])
     assert other.exit_code == 2 and "template" in json.loads(other.stdout)["error"]["message"]
+
+
+def test_the_possible_gain_by_hand():
+    same = {"written": 1.0, "scored": 1.0}
+    assert best_gain({"written": 0.0, "scored": 0.0}, same, 0.375) == 1.0, "a scored token as dear as a written one"
+    free = {"written": 2.0, "scored": 0.0}
+    assert best_gain({"written": 0.5, "scored": 0.0}, free, 0.25) == 2.5 / 0.5, "both sides are busy all the time"
+    assert best_gain({"written": 4.0, "scored": 0.0}, free, 0.25) == 2.5 / 4, "the draft is what takes long"
+
+
+def test_replayed_decisions_take_over_their_share_of_every_turn():
+    tester = Replayed(3, 8)
+    for turn in (0, 1, 0):
+        assert sum(tester.test(1.0, turn).reject for _ in range(8)) == 3
+
+
+def test_prices_and_replayed_runs_are_of_real_runs(pair):
+    found = prices(pair[0], k=2, chunk=3, prompt=9, turns=1)
+    assert found["scored"] > 0 and found["written"] > 0
+    out = replayed(*pair, QUESTIONS[0], rounds=1, turns=1)
+    assert set(out["tokens a second"]) == {"atts", "in step", "target"} and out["atts / target"] > 0

@@ -27,7 +27,8 @@ SYSTEM = System(
     room="threads",
     parts=(
         "stretto.threads.atts", "stretto.threads.atts_variants", "stretto.threads.chains", "stretto.threads.conformal",
-        "stretto.threads.homes", "stretto.threads.barrier", "stretto.planning.stations", "stretto.training.step_units",
+        "stretto.threads.homes", "stretto.threads.row_prices",
+        "stretto.threads.barrier", "stretto.planning.stations", "stretto.training.step_units",
     ),
     command="stretto scale --questions steps:4 --chunk 32 --stop '\\n'",
     evidence=evidence,

@@ -13,6 +13,7 @@ from stretto.threads.atts import atts, calibrate
 from stretto.threads.barrier import Cluster, run
 from stretto.threads.chains import Scaled, Setting
 from stretto.threads.conformal import Online, Tester
+from stretto.threads.row_prices import best_gain, large_target, prices, replayed
 from stretto.training.step_units import problems
 
 __all__ = ["measure"]
@@ -21,7 +22,7 @@ DRAFT, TARGET = "zoo:tiny-steps-draft", "zoo:tiny-steps"
 SHARE = 0.375  # 3 of 8 chains: what the ranking can take over exactly
 ALPHAS = (0.0, 0.1, 0.2, 0.4, 0.7, 1.0)
 SEED, DRAWS = 17, 100_000
-SETTING = Setting(k=8, alpha=SHARE, turns=15, chunk=32, stop=("\n",), seed=SEED, target_limit=8)
+SETTING = Setting(k=8, alpha=SHARE, turns=15, chunk=32, stop=("\n",), seed=SEED, draft_limit=64, target_limit=64)
 Pair = tuple[Any, Any]
 
 
@@ -44,11 +45,13 @@ def measure(pair: Pair, wide: Pair, quick: bool) -> dict[str, Any]:
     whole = {name: _row(found, answers) for name, found in stream.items()}
     table = _table(pair, prompts[:few], answers[:few], held, first.scores[0], quick)
     clock = _clock(pair, wide, _asked(pair[0], 2 if quick else 12, 31)[0], online, 2 if quick else 4)
+    costs = _costs(pair, prompts[0], quick)
     draws = _draws(20_000 if quick else DRAWS)
     simulated = _simulated()
     return {
-        "claims": _claims(whole, table, clock, judged, draws, simulated), "by share": table, "rates by turn": judged,
-        "seconds": clock, "draws": draws, "simulation (no measurement)": simulated,
+        "claims": _claims(whole, table, clock, judged, costs, draws, simulated), "by share": table,
+        "rates by turn": judged,
+        "seconds": clock, "price of a token": costs, "draws": draws, "simulation (no measurement)": simulated,
         "stream of questions": whole, "models": [DRAFT, TARGET], "questions": few,
         "k": SETTING.k, "questions of the stream": many, "seed": SEED,
     }
@@ -138,6 +141,19 @@ def _ratio(times: dict[str, list[float]], *ways: str) -> dict[str, float]:
     return {"median": statistics.median(found), "low": found[0], "high": found[-1]}
 
 
+def _costs(pair: Pair, prompt: str, quick: bool) -> dict[str, Any]:
+    """What written and scored tokens cost here, the gain that is possible with that, and a larger target of random
+    weights: its prices, and real runs with replayed decisions."""
+    draft, target = (prices(llm) for llm in pair)
+    out: dict[str, Any] = {"draft": draft, "target": target, "possible": best_gain(draft, target, SHARE)}
+    if not quick:
+        large = large_target()
+        theirs = prices(large)
+        out |= {"125M, random weights": theirs, "possible with 125M": best_gain(draft, theirs, SHARE),
+                "replayed with 125M": replayed(pair[0], large, prompt, turns=3)}
+    return out
+
+
 def _draws(n: int) -> list[dict[str, float]]:
     """The rule on independent scores: how often it rejects, and how often it must."""
     rng, out = np.random.default_rng(SEED), []
@@ -171,7 +187,7 @@ def _off(rates: Sequence[dict[str, Any]], share: float) -> tuple[float, int]:
 
 def _claims(
     whole: dict[str, dict[str, Any]], table: dict[str, dict[str, Any]], clock: dict[str, Any], judged: dict[str, Any],
-    draws: list[dict[str, float]], simulated: dict[str, float],
+    costs: dict[str, Any], draws: list[dict[str, float]], simulated: dict[str, float],
 ) -> list[dict[str, Any]]:
     one, every = clock["one at a time"], clock["all at once"]
     here, alone, small = whole["online"], whole["target"], whole["draft"]
@@ -192,8 +208,7 @@ def _claims(
             "bar": "accuracy near the target's at a take-over share of 0.3-0.4, in well below the target's time",
             "holds": bool(near and faster["median"] >= 1.25 and faster["low"] > 1),
             "note": "holds = vote within 0.05, chains within 0.1, and 1.25 times faster than the better of one and all "
-                    f"threads; vote/chains by share: {across}. A row of a scored chunk costs this CPU nearly what a "
-                    "decoded one costs: models of this size are bound by arithmetic and by sampling, not by bandwidth",
+                    f"threads; vote/chains by share: {across}. {_why(costs)}",
         },
         {
             "name": "rejection rate", "paper": "held at its target",
@@ -219,6 +234,23 @@ def _claims(
                     f"{simulated['sigma 0']:.2f} x with equal lengths",
         },
     ]
+
+
+def _why(costs: dict[str, Any]) -> str:
+    """What the prices allow."""
+    ms = lambda row: f"{1e3 * row['written']:.2f} ms written and {1e3 * row['scored']:.2f} scored"
+    text = (
+        f"A token costs the draft {ms(costs['draft'])}, the target {ms(costs['target'])}: with nothing lost between "
+        f"two cores that allows {costs['possible']:.2f} x"
+    )
+    if "possible with 125M" not in costs:
+        return text
+    seen = costs["replayed with 125M"]
+    return (
+        f"{text}; a target of 125M random weights {ms(costs['125M, random weights'])}, which allows "
+        f"{costs['possible with 125M']:.2f} x; runs of it with replayed decisions (no accuracy, no part of holds) were "
+        f"{seen['atts / target']:.2f} x as fast as the target alone, {seen['atts / in step']:.2f} x as in step"
+    )
 
 
 def _said(r: dict[str, float]) -> str:
