@@ -13,7 +13,7 @@ from stretto.threads.atts import atts, calibrate
 from stretto.threads.barrier import Cluster, run
 from stretto.threads.chains import Scaled, Setting
 from stretto.threads.conformal import Online, Tester
-from stretto.threads.row_prices import best_gain, large_target, prices, replayed
+from stretto.threads.row_prices import best_gain, prices, replayed
 from stretto.training.step_units import problems
 
 __all__ = ["measure"]
@@ -26,9 +26,9 @@ SETTING = Setting(k=8, alpha=SHARE, turns=15, chunk=32, stop=("\n",), seed=SEED,
 Pair = tuple[Any, Any]
 
 
-def measure(pair: Pair, wide: Pair, quick: bool) -> dict[str, Any]:
+def measure(pair: Pair, wide: Pair, quick: bool, large: Any = None) -> dict[str, Any]:
     """The claims at our scale. ``pair``: draft and target with one thread each; ``wide``: with all cores each, for the
-    ways in which only one of them is at work. See ``systems/atts.py``."""
+    ways in which only one of them is at work; ``large``: a target of random weights, for its prices. See ``systems/atts.py``."""
     few, many = (3, 8) if quick else (8, 32)
     prompts, answers = _asked(pair[0], many, 23)
     held = _asked(pair[0], 8 if quick else 20, 29)[0]
@@ -45,7 +45,7 @@ def measure(pair: Pair, wide: Pair, quick: bool) -> dict[str, Any]:
     whole = {name: _row(found, answers) for name, found in stream.items()}
     table = _table(pair, prompts[:few], answers[:few], held, first.scores[0], quick)
     clock = _clock(pair, wide, _asked(pair[0], 2 if quick else 12, 31)[0], online, 2 if quick else 4)
-    costs = _costs(pair, prompts[0], quick)
+    costs = _costs(pair, prompts[0], large)
     draws = _draws(20_000 if quick else DRAWS)
     simulated = _simulated()
     return {
@@ -141,13 +141,12 @@ def _ratio(times: dict[str, list[float]], *ways: str) -> dict[str, float]:
     return {"median": statistics.median(found), "low": found[0], "high": found[-1]}
 
 
-def _costs(pair: Pair, prompt: str, quick: bool) -> dict[str, Any]:
+def _costs(pair: Pair, prompt: str, large: Any) -> dict[str, Any]:
     """What written and scored tokens cost here, the gain that is possible with that, and a larger target of random
     weights: its prices, and real runs with replayed decisions."""
     draft, target = (prices(llm) for llm in pair)
     out: dict[str, Any] = {"draft": draft, "target": target, "possible": best_gain(draft, target, SHARE)}
-    if not quick:
-        large = large_target()
+    if large is not None:
         theirs = prices(large)
         out |= {"125M, random weights": theirs, "possible with 125M": best_gain(draft, theirs, SHARE),
                 "replayed with 125M": replayed(pair[0], large, prompt, turns=3)}

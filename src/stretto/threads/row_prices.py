@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from stretto.engine.params import SamplingParams
@@ -26,7 +24,7 @@ from stretto.threads.chains import Setting
 from stretto.threads.conformal import Verdict
 from stretto.threads.homes import Home, at_home
 
-__all__ = ["Replayed", "best_gain", "large_target", "prices", "replayed"]
+__all__ = ["Replayed", "best_gain", "prices", "replayed"]
 
 
 def prices(llm: Any, *, k: int = 8, chunk: int = 12, prompt: int = 96, turns: int = 3) -> dict[str, float]:
@@ -59,18 +57,6 @@ def best_gain(draft: Mapping[str, float], target: Mapping[str, float], alpha: fl
     """The bound above: how many times faster than the target alone the pair can be at most."""
     theirs = target["scored"] + alpha * target["written"]
     return (1 + alpha) * target["written"] / max(theirs, draft["written"] + alpha * draft["scored"])
-
-
-def large_target(shape: str = "125M") -> Any:
-    """A model of a shape of ``bench/peers.py`` with the zoo's vocabulary and random weights, in bfloat16 on one thread:
-    its prices are those of a trained one, its texts are nothing."""
-    from stretto.bench.peers import SHAPES
-    from stretto.bench.peers_engines import write_checkpoint
-    from stretto.llm import LLM
-
-    with tempfile.TemporaryDirectory(prefix="stretto-large-") as folder:
-        made = write_checkpoint(Path(folder) / "model", SHAPES[shape] | {"vocab_size": 2048})
-        return LLM(made, dtype="bfloat16", threads=1, enable_prefix_caching=False, plan=False, kv_cache_tokens=8192)
 
 
 class Replayed:
