@@ -24,8 +24,8 @@ def evidence(quick: bool) -> Mapping[str, Any]:
     return found | {"provenance": provenance(pair[1], threads="one a model, or all cores where the row says so")}
 
 def _large() -> Any:
-    """125M random weights with the zoo's vocabulary, bfloat16 on one thread: its prices are those of a trained model, its
-    texts are nothing."""
+    """125M random weights with the zoo's vocabulary, bfloat16 on one thread: its prices are those of a trained
+    model, its texts are nothing."""
     from stretto.bench.peers import SHAPES
     from stretto.bench.peers_engines import write_checkpoint
     from stretto.llm import LLM

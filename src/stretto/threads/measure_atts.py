@@ -28,7 +28,8 @@ Pair = tuple[Any, Any]
 
 def measure(pair: Pair, wide: Pair, quick: bool, large: Any = None) -> dict[str, Any]:
     """The claims at our scale. ``pair``: draft and target with one thread each; ``wide``: with all cores each, for the
-    ways in which only one of them is at work; ``large``: a target of random weights, for its prices. See ``systems/atts.py``."""
+    ways in which only one of them is at work; ``large``: a target of random weights, for its prices. See
+    ``systems/atts.py``."""
     few, many = (3, 8) if quick else (8, 32)
     prompts, answers = _asked(pair[0], many, 23)
     held = _asked(pair[0], 8 if quick else 20, 29)[0]
