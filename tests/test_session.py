@@ -48,6 +48,73 @@ def test_forks_cost_one_prefill_and_equal_requests(llm):
             assert out.token_ids == plain(llm, kid.tokens[: len(kid.tokens) - 12])
 
 
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("rows", [512, 40, 24])
+def test_a_line_is_evaluated_once_with_the_first_forward_of_its_children(backend, rows):
+    """Where all has room (512) no forward is spent on the line alone; in chunks of 24 or 40 rows the children wait for it.
+    A fork without prefixes shares the line too."""
+    few = LLM(
+        "zoo:tiny", dtype="float32", deterministic=True, enable_prefix_caching=False, backend=backend,
+        max_num_batched_tokens=rows,
+    )  # fmt: skip
+    ids, heads = few.tokenizer.encode(PROMPT), ["cat", " dog, ", "owl, fox"]
+    forced = sum(len(few.tokenizer.encode(h)) for h in heads)
+    with few.session(PROMPT) as s:
+        kids = s.fork(prefixes=heads)
+        other = few.engine.add(ids[3:], SamplingParams(**GREEDY), few.method("ar"))[0]  # somebody else in the forwards
+        outs = kids.gen(**GREEDY)
+        assert s.usage.evaluated == len(ids) + forced + 3 * 11
+        assert s.usage.forwards == 12 if rows == 512 else s.usage.forwards > 12
+        for kid, out in zip(kids, outs, strict=True):
+            assert out.token_ids == plain(few, kid.tokens[:-12])
+        few.engine.abort(other)
+        before = s.usage.evaluated
+        assert kids.gen(**GREEDY)[2].token_ids == plain(few, kids[2].tokens[:-12])
+        assert s.usage.evaluated == before + 3 * 12
+    with few.session(PROMPT) as s:
+        outs = s.fork(4).gen(**GREEDY)
+        assert [o.token_ids for o in outs] == [plain(few, ids)] * 4
+        assert s.usage.evaluated == len(ids) + 4 * 12
+    assert few.runner.alloc.used == 0
+
+
+def test_children_of_a_line_that_waits_go_each_their_own_way(llm):
+    ids = llm.tokenizer.encode(PROMPT)
+    with llm.session(PROMPT) as s:
+        one, two, three, four = s.fork(prefixes=["cat", "dog", "owl", "fox"])
+        assert one.gen(**GREEDY).token_ids == plain(llm, one.tokens[:-12])  # evaluates the line
+        spent = s.usage.evaluated
+        assert two.gen(**GREEDY).token_ids == plain(llm, two.tokens[:-12])  # finds it there
+        assert s.usage.evaluated == spent + len(two.own) - 1
+        s.gen(**GREEDY | {"max_tokens": 3})  # the line goes on: the rows up to the fork are still the same
+        assert three.gen(**GREEDY, method="ngram").token_ids == plain(llm, three.tokens[:-12])
+        assert four.score(" cat") == pytest.approx(llm_score(llm, four.tokens, " cat"), abs=1e-4)
+    for mode in ("reencode", "share", "rotate"):
+        with llm.session(PROMPT) as s:
+            kids = s.fork(prefixes=["cat", "dog"])
+            s.join(kids, mode, separator=".")  # nothing of it was evaluated before
+            got = s.gen(**GREEDY).token_ids
+            if mode == "reencode":
+                assert got == plain(llm, [*ids, *s.encode("cat"), *s.encode("."), *s.encode("dog"), *s.encode(".")])
+    with llm.session(PROMPT) as s:
+        kids = s.fork(prefixes=["cat", "dog"])
+        jobs = [(k, llm.method("ngram"), SamplingParams(**GREEDY)) for k in kids]
+        s.submit(jobs)
+        with pytest.raises(InputError, match="is generating"):
+            s.append("x")
+        s.abandon(jobs, [])  # streams that never ran
+        for stream in llm.engine.streams:
+            llm.engine.abort(stream)
+        s.append("x")
+        assert s.gen(**GREEDY).token_ids == plain(llm, [*ids, *s.encode("x")])
+
+
+def llm_score(llm, before, text):
+    more = llm.tokenizer.encode(text)
+    law = torch.log_softmax(llm.logits([*before, *more])[len(before) - 1 : -1].double(), -1)
+    return law[torch.arange(len(more)), torch.tensor(more)].tolist()
+
+
 @pytest.mark.parametrize("method", ["ar", "ngram", "suffix", "jacobi"])
 def test_a_thread_goes_on_as_one_text(llm, method):
     ids = llm.tokenizer.encode(PROMPT)
@@ -217,7 +284,8 @@ def test_events_add_up_and_leaving_early_frees(llm):
 
 
 def test_budgets(llm):
-    with llm.session(PROMPT, max_threads=3, max_path=10, max_evaluated=80) as s:
+    most = len(llm.tokenizer.encode(PROMPT)) + 25
+    with llm.session(PROMPT, max_threads=3, max_path=10, max_evaluated=most) as s:
         with pytest.raises(CapacityError, match="max_threads"):
             s.fork(3)
         kids = s.fork(2)
@@ -225,7 +293,7 @@ def test_budgets(llm):
         with pytest.raises(CapacityError, match="max_path=10"):
             kids[0].gen(**GREEDY)
         s.gen(**GREEDY)
-        with pytest.raises(CapacityError, match="max_evaluated=80"):
+        with pytest.raises(CapacityError, match=f"max_evaluated={most}"):
             s.gen(**GREEDY)
 
 

@@ -90,9 +90,16 @@ def _reencode(parent: Thread, children: list[Thread], parting: list[int]) -> Non
     parent.tokens += [*tail, *parting]
 
 
+def _evaluate(parent: Thread, children: list[Thread]) -> None:
+    """All of it in one forward; the line first where children wait for its rows."""
+    if any(len(c.view) < c.start for c in children):
+        parent.session.evaluate(parent)
+    parent.session.evaluate(parent, *children)
+
+
 def _share(parent: Thread, children: list[Thread], parting: list[int]) -> None:
     """All rows are listed as they are; the line goes on behind the furthest position."""
-    parent.session.evaluate(parent, *children)
+    _evaluate(parent, children)
     ends = [len(c.tokens) + c.shift for c in children]
     for child in children:
         parent.view.join(child.view, child.start)
@@ -111,7 +118,7 @@ def _rotate(parent: Thread, children: list[Thread], parting: list[int]) -> None:
             f"keys of rope type {rotary.rope.type!r} cannot be turned (their frequencies depend on the length): "
             "join with share or reencode"
         )
-    session.evaluate(parent, *children)
+    _evaluate(parent, children)
     for i, child in enumerate(children):
         old = child.view.slots[child.start : len(child.tokens)].copy()
         new = runner.alloc.alloc(len(old))

@@ -25,6 +25,7 @@ from stretto.engine.team import Team
 from stretto.engine.types import Lease
 from stretto.errors import CapacityError, InputError, OptionError
 from stretto.joins import join
+from stretto.stems import Stems
 
 __all__ = ["Children", "Session", "Thread"]
 
@@ -38,7 +39,8 @@ class Thread:
     ``tokens`` [n]: the whole line as it is read; ``view``: cached rows of the first of them; ``start``: where the
     thread's own tokens begin; ``shift``: position of a token minus its place in ``tokens``, for tokens to come;
     ``path``: which branch this is; ``depth``: generated tokens of the longest chain that leads here; ``reads``: lines
-    that it reads before its own, ``team``: the lines that it goes forward with (``shared.Shared`` sets both).
+    that it reads before its own, ``team``: the lines that it goes forward with (``shared.Shared`` sets both);
+    ``feed``: what evaluates the line for the thread's children.
     """
 
     session: Session
@@ -57,6 +59,7 @@ class Thread:
     gens: int = 0
     reads: tuple[Thread, ...] = ()
     team: Team | None = None
+    feed: Stream | None = None
 
     @property
     def own(self) -> list[int]:
@@ -101,9 +104,9 @@ class Thread:
         if not texts or (n is not None and n < 1):
             raise OptionError("n", n, "at least one child")
         self.session.check_width(len(texts))
-        forced = any(texts)
-        if forced or positions != "same":
-            self.session.evaluate(self)
+        several = len(texts) > 1 and not any(texts) and len(self.tokens) - len(self.view) > 1
+        if several or positions != "same" or self.shift or self.reads:
+            self.session.evaluate(self)  # else it goes with the children's first forward (stems.py)
         children = []
         for i, tokens in enumerate(texts):
             shift = self.shift if positions == "same" else int(positions) - len(self.tokens)
@@ -133,7 +136,7 @@ class Thread:
 
     def truncate(self, length: int) -> None:
         """Forget every token from ``length`` on. Raises InputError below the fork point of a living child."""
-        self._check_open(alone=False)
+        self._check_open()
         floor = max([c.start for c in self.children], default=0)
         if not floor <= length <= len(self.tokens) or length < 1:
             raise InputError(
@@ -173,10 +176,10 @@ class Thread:
     def _drop(self, child: Thread) -> None:
         child.end()
 
-    def _check_open(self, *, alone: bool = False) -> None:
+    def _check_open(self) -> None:
         if not self.alive:
             raise InputError(f"thread {self.id} has ended (joined, or its session was closed)")
-        if self.busy:
+        if self.busy or (self.feed is not None and self.feed.finish_reason is None):
             raise InputError(f"thread {self.id} is generating: wait for it first")
 
 
@@ -235,7 +238,7 @@ class Session(Thread):
         self.llm, self.usage, self._step = llm, Usage(), step or llm.engine.step
         self.salt, self.priority = salt, priority
         self.max_threads, self.max_evaluated, self.max_path = max_threads, max_evaluated, max_path
-        self._count = 0
+        self._count, self.stems = 0, Stems(self)
         ids = self.encode(prompt)
         super().__init__(self, 0, ids, View(llm.runner.alloc))
         if llm.config.attention != "causal":
@@ -322,6 +325,7 @@ class Session(Thread):
         """Queue the jobs; who steps the engine himself calls ``collect`` when all have finished, or ``abandon``.
         ``text``: whether somebody reads the streams' text as it grows."""
         streams: list[Stream] = []
+        self.stems.settle()
         try:
             for thread, method, params in jobs:
                 thread._check_open()
@@ -332,7 +336,8 @@ class Session(Thread):
                 thread.view.truncate(min(len(thread.view), len(thread.tokens) - 1))
                 reads = tuple(t.view for t in thread.reads)
                 path = (*thread.path, thread.gens)
-                lease = Lease(thread.view, thread.shift, path, thread.plain, reads, thread.team)
+                behind = self.stems.before(thread)
+                lease = Lease(thread.view, thread.shift, path, thread.plain, reads, thread.team, behind)
                 streams += self.llm.engine.add(
                     thread.tokens, params, method, priority=self.priority, salt=self.salt, constraint=constraint,
                     decode_text=text, lease=lease,
@@ -358,6 +363,7 @@ class Session(Thread):
     def collect(self, jobs: list[tuple[Thread, Any, SamplingParams]], streams: list[Stream]) -> list[Generated]:
         """The threads take over what their finished streams generated."""
         out = []
+        self.stems.settle()
         for (thread, method, params), stream in zip(jobs, streams, strict=True):
             seq = stream.seq
             new = seq.tokens[seq.prompt_len :]
@@ -382,3 +388,4 @@ class Session(Thread):
                 self.llm.engine.abort(stream)
                 thread.busy = False
                 thread.view.truncate(min(len(thread.view), len(thread.tokens)))
+        self.stems.abandon([thread for thread, _, _ in jobs])

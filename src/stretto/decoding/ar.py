@@ -25,6 +25,7 @@ class Autoregressive:
     name = "ar"
     lossless = True
     kinds = ("causal",)
+    rides = True
 
     def __init__(self, host: Host, options: Options):
         self._host = host

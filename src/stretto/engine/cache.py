@@ -214,6 +214,13 @@ class View:
         child._n = child._shared_n = self._n
         return child
 
+    def adopt(self, other: View) -> None:
+        """Become a second view of the rows of ``other``; the own ones are given back."""
+        fork = other.fork()
+        self.release()
+        self._flat, self._n = fork._flat, fork._n
+        self._shared, self._shared_n = fork._shared, fork._shared_n
+
     def release(self) -> None:
         """Give everything back; the view is empty afterwards."""
         self.truncate(0)

@@ -136,11 +136,14 @@ class Engine:
             stops = StopChecker(params, self.host.stop_ids, decoder)
             streams.append(Stream(request, choice, seq, stops, entry, arrival))
         first, rest = streams[0], streams[1:]
-        if self.runner.alloc.shares and method.prefill(first.seq):
+        before = self._streams.get(lease.behind) if lease and lease.behind else None
+        if before is not None:
+            before.entry.forks.append(first.entry)
+        elif self.runner.alloc.shares and method.prefill(first.seq):
             first.entry.forks = [s.entry for s in rest]
         for stream in streams:
             self._streams[stream.seq] = stream
-            if stream is first or not first.entry.forks:
+            if before is None and (stream is first or not first.entry.forks):
                 self.scheduler.add(stream.entry)
         return streams
 
@@ -198,6 +201,8 @@ class Engine:
     def _apply(self, plan: Plan, commit: Commit | None, result: ForwardResult) -> Progress:
         """Write one commit into its sequence: cache rows, tokens, the end."""
         seq, stream = plan.seq, self._streams[plan.seq]
+        if plan.base is not None:
+            seq.view.adopt(plan.base.seq.view)
         seq.metrics.rows += plan.rows
         slots, lead = plan.slots, plan.lead
         if lead:
@@ -273,6 +278,11 @@ class Engine:
     def _promote(self, stream: Stream) -> None:
         """The next choice takes over the prompt of an aborted first one."""
         forks = stream.entry.forks
+        if forks and forks[0].seq.held:  # threads: each can evaluate its own text
+            stream.entry.forks = []
+            for fork in forks:
+                self.scheduler.add(fork)
+            return
         if forks:
             heir, stream.entry.forks = forks[0], []
             heir.forks = forks[1:]
@@ -288,6 +298,7 @@ class Engine:
             for watch in self.watchers:
                 watch(stream)
             self._share(seq)
+            self.scheduler.spawn(stream.entry)
             self._promote(stream)
         seq.method.release(seq)
         self.scheduler.remove(stream.entry)

@@ -29,7 +29,8 @@ class Feed:
         return [Step(s.tokens[len(s.tokens) - n :], logits=range(n if self.wanted else 0)) for s in seqs]
 
     def commit(self, seqs: list[Sequence], steps: list[Step], outcomes: list[Outcome]) -> list[Commit]:
-        self.logits = outcomes[0].logits.clone()
+        if self.wanted:
+            self.logits = outcomes[0].logits.clone()
         return [Commit(keep=range(len(step)), finished="stop") for step in steps]
 
     def release(self, seq: Sequence) -> None:

@@ -38,6 +38,7 @@ class Plan:
     slots: np.ndarray | None = None  # int32 [rows]
     row: int = 0  # first row in the batch; pack writes it
     logit: int = 0  # first row among the logits; pack writes it
+    base: Plan | None = None  # evaluates what stands before these rows, in this forward: they see its view and its rows
 
     def __post_init__(self) -> None:
         self.put(self.step)
@@ -52,7 +53,7 @@ class Plan:
 
     def chain(self, block: int) -> bool:
         """Every row sees the whole view and the rows before it, at consecutive positions."""
-        return not (self.seq.reads or (self.lead and block > 1)) and self.plain_chain
+        return not (self.seq.reads or self.base or (self.lead and block > 1)) and self.plain_chain
 
     @property
     def plain_chain(self) -> bool:
@@ -69,7 +70,8 @@ class Plan:
         """A step whose layout was prepared, with nothing before it, all of its logits wanted and no states."""
         step = self.step
         return (
-            not self.lead and not self.seq.reads and step is not None and isinstance(step.see, Visible)
+            not self.lead and not self.seq.reads and not self.base and step is not None
+            and isinstance(step.see, Visible)
             and step.context is None and step.logits is None and isinstance(step.positions, np.ndarray)
             and not step.taps and not self.seq.taps
         )
@@ -152,7 +154,20 @@ def _local(plan: Plan, block: int) -> tuple[np.ndarray, np.ndarray]:
         return _lead_visible(start, plan.lead, block)
     if not plan.lead:
         return _visible(plan.step)
+    if block <= 1 and plan.plain_chain:
+        return _causal(plan.rows)
     return _join(plan.lead, _lead_visible(start, plan.lead, block), _visible(plan.step))
+
+
+def _riding(plan: Plan, base: Plan, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """(columns in the batch, counts) of rows that all see every row of ``base`` before what they see of their own."""
+    cols, counts = _local(plan, block)
+    before, own = np.arange(base.row, base.row + base.rows, dtype=np.int32), cols + np.int32(plan.row)
+    at, pieces = 0, []
+    for n in counts.tolist():
+        pieces += [before, own[at : at + n]]
+        at += n
+    return np.concatenate(pieces), counts + np.int32(base.rows)
 
 
 def _context(plan: Plan) -> np.ndarray:
@@ -189,10 +204,12 @@ def _pack(plans: list[Plan], block: int) -> FlatBatch:
     writers = {p.seq.view: p for p in plans if p.seq.team is not None}
     for plan in plans:
         seq, step, lead, row = plan.seq, plan.step, plan.lead, plan.row
-        start = len(seq.view)
+        start = len(seq.view) if plan.base is None else len(plan.base.seq.view) + plan.base.rows
         first = start + seq.shift
         plan.logit = logit
-        if seq.reads:
+        if plan.base is not None:
+            (cols, n_cols), context, run = _riding(plan, plan.base, block), plan.base.seq.view.slots, plan.rows
+        elif seq.reads:
             context, cols, n_cols, run = read(plan, writers)
         else:
             context, (cols, n_cols), run = _context(plan), _local(plan, block), plan.rows

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence as Seq
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -54,7 +55,7 @@ class Sampler:
         stop_ids: Seq[int] = (), prompt: Seq[int] = (), constraint: Constraint | None = None,
     ):
         p = self.params = params
-        self.key = _key((params.seed or 0, choice, path))
+        self._origin = (params.seed or 0, choice, path)
         self.constraint = constraint
         self._stop_ids = list(stop_ids)
         self._prompt = prompt
@@ -66,6 +67,11 @@ class Sampler:
         self._raw = not processed
         self._whole = p.top_k <= 0 and p.top_p >= 1.0 and p.min_p <= 0.0  # no token is cut off
         self._bits: np.random.Philox | None = None
+
+    @cached_property
+    def key(self) -> int:
+        """Of the random numbers."""
+        return _key(self._origin)
 
     def advance(self, tokens: Seq[int]) -> None:
         """Tell the sampler which tokens became final."""

@@ -23,7 +23,8 @@ __all__ = ["Entry", "Scheduler"]
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """A sequence in the queues. ``forks``: further choices of the same prompt that start when it is cached."""
+    """A sequence in the queues. ``forks``: what starts when its prompt is cached, further choices of it or texts that
+    begin with it."""
 
     seq: Sequence
     priority: int
@@ -33,6 +34,17 @@ class Entry:
     @property
     def rank(self) -> tuple[int, int]:
         return self.priority, self.arrival
+
+    @property
+    def rides(self) -> bool:
+        """Whether it may go in the forward that evaluates the beginning of its text (``Method.rides``)."""
+        return self.seq.held and getattr(self.seq.method, "rides", False)
+
+
+def _late(plan: Plan) -> bool:
+    """Prompts come after steps; who rides, with its base."""
+    first = plan.base or plan
+    return first.step is None or first.lead > 0
 
 
 class Scheduler:
@@ -45,6 +57,7 @@ class Scheduler:
         self.waiting: list[Entry] = []
         self.running: list[Entry] = []
         self.preemptions = 0
+        self._riders: dict[Sequence, tuple[Entry, Entry]] = {}  # of the forward to come: (whom with, itself)
         self._alloc, self._prefix, self._runner = runner.alloc, prefix, runner
         self.max_rows, self._max_seqs, self._block = max_rows, max_seqs, block
 
@@ -65,7 +78,10 @@ class Scheduler:
         before = self.preemptions
         self._alloc.tidy()
         self._admit()
+        self._riders.clear()
         plans = self._allot(self._prompts(self._proposals()))
+        if self._riders:
+            self._seat(plans)
         if self.preemptions == before and not plans and whole(self.running):
             lent = sum(e.seq.held for e in self.running)
             if lent:
@@ -110,22 +126,47 @@ class Scheduler:
             self.running.append(entry)
         self.running.sort(key=lambda e: e.rank)
 
-    def _spawn(self) -> None:
-        """Fork the waiting choices of every prompt that is cached."""
-        for entry in self.running:
-            seq = entry.seq
-            if not entry.forks or len(seq.view) < seq.method.prefill(seq):
-                continue
-            for fork in entry.forks:
-                fork.seq.view.release()
-                fork.seq.view = seq.view.fork()
-                fork.seq.metrics.cached_tokens = len(seq.view)
-                self.add(fork)
-            entry.forks = []
+    def spawn(self, entry: Entry) -> None:
+        """Fork what waits for the prompt of ``entry``, if it is cached."""
+        seq = entry.seq
+        if not entry.forks or len(seq.view) < seq.method.prefill(seq):
+            return
+        for fork in entry.forks:
+            fork.seq.view.adopt(seq.view)
+            fork.seq.metrics.cached_tokens = len(seq.view)
+            self.add(fork)
+        entry.forks = []
+
+    def _ride(self, plan: Plan, entry: Entry, left: int) -> list[Plan]:
+        """Plans of what waits for ``plan``, to go in the same forward; none where not all of it has room."""
+        line, forks = entry.seq.tokens, entry.forks
+        rows = sum(len(f.seq.tokens) - len(line) for f in forks)
+        seats = self._max_seqs - len(self.running) - len(self._riders)
+        if not all(f.rides for f in forks) or len(forks) > seats or plan.lead + 1 + rows > min(left, self._alloc.free):
+            return []
+        out = []
+        for fork in forks:
+            seq = fork.seq
+            out.append(Plan(seq, seq.method.prefill(seq) - len(line), base=plan))
+            seq.computed = seq.method.prefill(seq)
+            self._riders[seq] = entry, fork
+        return out
+
+    def _seat(self, plans: list[Plan]) -> None:
+        """Who rides in this forward runs from now on."""
+        for plan in plans:
+            if plan.base is not None:
+                entry, fork = self._riders[plan.seq]
+                entry.forks.remove(fork)
+                fork.seq.metrics.cached_tokens = len(entry.seq.tokens)
+                fork.seq.metrics.started = time.perf_counter()
+                self.running.append(fork)
+        self.running.sort(key=lambda e: e.rank)
 
     def _proposals(self) -> list[Plan]:
         """A plan for each running sequence: with a step where its method can run now."""
-        self._spawn()
+        for entry in self.running:
+            self.spawn(entry)
         left = self._rows()
         plans, ready = [], []
         for entry in whole(self.running):
@@ -133,10 +174,12 @@ class Scheduler:
             lead = max(0, seq.method.prefill(seq) - len(seq.view))
             plan = Plan(seq, lead)
             plans.append(plan)
-            if lead == 0 or (lead < left and not entry.forks):
+            riders = self._ride(plan, entry, left) if entry.forks else []
+            if lead == 0 or (lead < left and (riders or not entry.forks or entry.forks[0].rides)):
                 seq.computed = len(seq.view) + lead
-                left -= lead
-                ready.append(plan)
+                left -= lead + sum(r.lead for r in riders)
+                ready += [plan, *riders]
+                plans += riders
         by_method: dict[Method, list[Plan]] = {}
         limit = max(1, left // max(1, len(ready)))
         for plan in ready:
@@ -152,14 +195,14 @@ class Scheduler:
         left, out = self._rows(), []
         if all(p.step is not None for p in plans) and sum(p.rows for p in plans) <= left:
             return plans
-        for unit in units(sorted(plans, key=lambda p: p.step is None or p.lead > 0)):
+        for unit in units(sorted(plans, key=_late)):
             rows = sum(p.rows for p in unit)
             if all(p.step is not None for p in unit) and (rows <= left or not out):
                 left -= rows
                 out += unit
                 continue
             for plan in unit:
-                if plan.lead and left > 0 and plan.seq.team is None:
+                if plan.lead and left > 0 and plan.seq.team is None and plan.base is None:
                     plan.put(None, self._chunk(plan, left))
                     left -= plan.lead
                     if plan.lead:
@@ -187,7 +230,8 @@ class Scheduler:
                 at += plan.rows
             return plans
         rank = {e.seq: e.rank for e in self.running}
-        plans.sort(key=lambda p: rank[p.seq])
+        own = (p for p in plans if p.base is None)  # nobody rides where room is tight
+        plans = sorted(own, key=lambda p: rank[p.seq])
         done: list[Plan] = []
         for plan in plans:
             if plan.seq not in rank:

@@ -114,9 +114,10 @@ def whole(items: Iterable[Any]) -> list[Any]:
 
 
 def units(plans: Iterable[Plan]) -> list[list[Plan]]:
-    """Plans that go together: teams, and everybody else alone, in the order of their first."""
+    """Plans that go together: teams, a plan and those that ride with it, and everybody else alone, in the order of
+    their first."""
     out: dict[int, list[Plan]] = {}
     for plan in plans:
-        out.setdefault(id(plan.seq.team or plan), []).append(plan)
+        out.setdefault(id(plan.seq.team or plan.base or plan), []).append(plan)
     return list(out.values())
 

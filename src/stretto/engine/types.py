@@ -169,7 +169,8 @@ class Lease:
 
     ``view``: rows of the first tokens of the prompt. ``shift``: position of a row minus its place in the view, for
     rows to come. ``path``: branch path, a part of the key of the random numbers. ``plain``, ``reads``, ``team``: as in
-    Sequence.
+    Sequence. ``behind``: the sequence (a stream's) that evaluates the beginning of the prompt now; the rows are lent to
+    this one when it has done so, in the same forward where the method allows it (``Method.rides``).
     """
 
     view: View
@@ -178,6 +179,7 @@ class Lease:
     plain: bool = True
     reads: tuple[View, ...] = ()
     team: Team | None = None
+    behind: Sequence | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -246,6 +248,10 @@ class Method(Protocol):
     with the same taps only. A method may set ``Sequence.taps`` to () while it needs no states: rows of such forwards
     have none, which ``Host.written`` says. The rows of a step have theirs after its forward; those that lead it have
     none at propose.
+
+    A method whose step is a plain chain and that looks at nothing but ``Sequence.tokens`` when it proposes may say so
+    in an attribute ``rides`` = True: its rows may then share a forward with the rows of another sequence that evaluates
+    the beginning of its text (threads forked from a line that is not cached yet).
     """
 
     name: ClassVar[str]

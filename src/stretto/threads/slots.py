@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 from stretto.account import Generated, Usage
 from stretto.engine.params import SamplingParams
@@ -39,6 +40,12 @@ class Slots:
     @classmethod
     def of(cls, llm: Any) -> Slots:
         """Of a loaded model. Raises UnsupportedError for a model without them."""
+        if llm not in _known:
+            _known[llm] = cls._read(llm)
+        return _known[llm]
+
+    @classmethod
+    def _read(cls, llm: Any) -> Slots:
         path = Path(resolve(llm.model_name)) / FILE
         if not path.is_file():
             raise UnsupportedError(
@@ -60,6 +67,9 @@ class Slots:
     @property
     def arguments(self) -> int:
         return len(self.openers) - 1
+
+
+_known: WeakKeyDictionary[Any, Slots] = WeakKeyDictionary()
 
 
 @dataclass(slots=True)
