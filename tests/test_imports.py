@@ -15,7 +15,7 @@ ROWS = [  # from the top; a room may import what stands in later rows
     {"llm"},
     {"shared"},
     {"session"},
-    {"joins"},
+    {"joins", "stems"},
     {"account"},
     {"training"},
     {"planning"},
