@@ -60,7 +60,7 @@ def test_a_line_is_evaluated_once_with_the_first_forward_of_its_children(backend
     ids, heads = few.tokenizer.encode(PROMPT), ["cat", " dog, ", "owl, fox"]
     forced = sum(len(few.tokenizer.encode(h)) for h in heads)
     with few.session(PROMPT) as s:
-        kids = s.fork(prefixes=heads)
+        kids = s.fork(prefixes=heads, late=True)
         other = few.engine.add(ids[3:], SamplingParams(**GREEDY), few.method("ar"))[0]  # somebody else in the forwards
         outs = kids.gen(**GREEDY)
         assert s.usage.evaluated == len(ids) + forced + 3 * 11
@@ -69,6 +69,7 @@ def test_a_line_is_evaluated_once_with_the_first_forward_of_its_children(backend
             assert out.token_ids == plain(few, kid.tokens[:-12])
         few.engine.abort(other)
         before = s.usage.evaluated
+        assert [len(k.view) - k.view.shared for k in kids] == [len(k.own) - 1 for k in kids]  # the line is not theirs
         assert kids.gen(**GREEDY)[2].token_ids == plain(few, kids[2].tokens[:-12])
         assert s.usage.evaluated == before + 3 * 12
     with few.session(PROMPT) as s:
@@ -78,10 +79,24 @@ def test_a_line_is_evaluated_once_with_the_first_forward_of_its_children(backend
     assert few.runner.alloc.used == 0
 
 
+def test_the_last_token_of_a_line_goes_with_its_children_too(llm):
+    """After a ``gen`` one token of the line is not cached: it costs one row, no forward, and is no child's own."""
+    with llm.session(PROMPT) as s:
+        s.gen(**GREEDY | {"max_tokens": 3})
+        before = s.usage.forwards, s.usage.evaluated
+        kids = s.fork(prefixes=["cat and dog", " owl is"], late=True)
+        kids.gen(**GREEDY | {"max_tokens": 4})
+        assert (s.usage.forwards, s.usage.evaluated) == (before[0] + 4, before[1] + 1 + sum(len(k.own) - 1 for k in kids))
+        assert len(s.view) == len(s.tokens) and kids[0].view.shared == len(s.tokens)
+        both = [*s.tokens, *kids[0].own, *kids[1].own]
+        s.join(kids, "share")
+        assert s.tokens == both and len(s.view) == len(both)
+
+
 def test_children_of_a_line_that_waits_go_each_their_own_way(llm):
     ids = llm.tokenizer.encode(PROMPT)
     with llm.session(PROMPT) as s:
-        one, two, three, four = s.fork(prefixes=["cat", "dog", "owl", "fox"])
+        one, two, three, four = s.fork(prefixes=["cat", "dog", "owl", "fox"], late=True)
         assert one.gen(**GREEDY).token_ids == plain(llm, one.tokens[:-12])  # evaluates the line
         spent = s.usage.evaluated
         assert two.gen(**GREEDY).token_ids == plain(llm, two.tokens[:-12])  # finds it there
@@ -91,20 +106,19 @@ def test_children_of_a_line_that_waits_go_each_their_own_way(llm):
         assert four.score(" cat") == pytest.approx(llm_score(llm, four.tokens, " cat"), abs=1e-4)
     for mode in ("reencode", "share", "rotate"):
         with llm.session(PROMPT) as s:
-            kids = s.fork(prefixes=["cat", "dog"])
+            kids = s.fork(prefixes=["cat", "dog"], late=True)
             s.join(kids, mode, separator=".")  # nothing of it was evaluated before
             got = s.gen(**GREEDY).token_ids
             if mode == "reencode":
                 assert got == plain(llm, [*ids, *s.encode("cat"), *s.encode("."), *s.encode("dog"), *s.encode(".")])
     with llm.session(PROMPT) as s:
-        kids = s.fork(prefixes=["cat", "dog"])
-        jobs = [(k, llm.method("ngram"), SamplingParams(**GREEDY)) for k in kids]
-        s.submit(jobs)
+        kids = s.fork(prefixes=["cat", "dog"], late=True)
+        jobs = [(k, llm.method("ar"), SamplingParams(**GREEDY)) for k in kids]
+        streams = s.submit(jobs)
         with pytest.raises(InputError, match="is generating"):
             s.append("x")
-        s.abandon(jobs, [])  # streams that never ran
-        for stream in llm.engine.streams:
-            llm.engine.abort(stream)
+        s.abandon(jobs, streams)  # nothing of it ran
+        assert not llm.engine.busy
         s.append("x")
         assert s.gen(**GREEDY).token_ids == plain(llm, [*ids, *s.encode("x")])
 

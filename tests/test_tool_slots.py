@@ -6,6 +6,7 @@ import pytest
 
 from stretto import LLM, SamplingParams
 from stretto.errors import InputError, OptionError, UnsupportedError
+from stretto.threads.control import control_loop
 from stretto.threads.slots import Slots, call_tool, stream_call
 from stretto.threads.tools import Parameter, convert, parse_tools, prompt_of
 
@@ -120,3 +121,21 @@ def test_wrong_requests_are_named(llm, slots):
         call_tool(llm, QUERY, TOOLS)
     cut = call_tool(llm, QUERY, TOOLS, slots=slots, max_slot_tokens=1, tool_choice="set_alarm")
     assert cut.finish_reason == "length" and cut.problems
+
+
+def test_a_control_loop_keeps_its_rate_and_counts_latency_from_when_a_tick_was_due():
+    now, said = [100.0], []
+
+    def decide(state):
+        said.append((state, now[0]))
+        now[0] += state
+
+    pause = lambda t: now.__setitem__(0, now[0] + t)
+    ticks = control_loop(decide, [0.01, 0.03, 0.25, 0.01, 0.01], 10.0, clock=lambda: now[0], sleep=pause)
+    assert [round(at - 100, 6) for _, at in said] == [0.0, 0.1, 0.2, 0.45, 0.46]  # the slow one takes two ticks with it
+    assert ticks.latencies == pytest.approx((0.01, 0.03, 0.25, 0.16, 0.07))
+    assert ticks.at(0.5) == pytest.approx(0.07) and ticks.at(0.99) == pytest.approx(0.25) and ticks.in_time == 0.6
+    with pytest.raises(OptionError, match="rate"):
+        control_loop(decide, [1], 0)
+    with pytest.raises(OptionError, match="states"):
+        control_loop(decide, [], 1.0)

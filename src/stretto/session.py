@@ -91,10 +91,12 @@ class Thread:
 
     def fork(
         self, n: int | None = None, *, prefixes: Seq[Text] | None = None, positions: Literal["same"] | int = "same",
+        late: bool = False,
     ) -> Children:
         """``n`` children, or one for each forced prefix. Nothing is copied; the line up to here is evaluated once.
 
         ``positions``: "same" = the children go on at this thread's next position; a number = they start there.
+        ``late``: a line that is not cached yet goes into the first forward of children with prefixes (``stems.py``).
         Raises OptionError for a count below 1, CapacityError beyond the session's budget of threads.
         """
         self._check_open()
@@ -104,9 +106,10 @@ class Thread:
         if not texts or (n is not None and n < 1):
             raise OptionError("n", n, "at least one child")
         self.session.check_width(len(texts))
-        several = len(texts) > 1 and not any(texts) and len(self.tokens) - len(self.view) > 1
-        if several or positions != "same" or self.shift or self.reads:
-            self.session.evaluate(self)  # else it goes with the children's first forward (stems.py)
+        several = len(texts) > 1 and len(self.tokens) - len(self.view) > 1
+        late = late and any(texts) and not self.shift and not self.reads
+        if positions != "same" or (not late and (several or any(texts))):
+            self.session.evaluate(self)
         children = []
         for i, tokens in enumerate(texts):
             shift = self.shift if positions == "same" else int(positions) - len(self.tokens)
@@ -336,7 +339,7 @@ class Session(Thread):
                 thread.view.truncate(min(len(thread.view), len(thread.tokens) - 1))
                 reads = tuple(t.view for t in thread.reads)
                 path = (*thread.path, thread.gens)
-                behind = self.stems.before(thread)
+                behind = self.stems.before(thread, method)
                 lease = Lease(thread.view, thread.shift, path, thread.plain, reads, thread.team, behind)
                 streams += self.llm.engine.add(
                     thread.tokens, params, method, priority=self.priority, salt=self.salt, constraint=constraint,

@@ -1,8 +1,8 @@
 """Lines that threads were forked from and that nobody has evaluated yet.
 
-A fork with forced prefixes costs no forward of its own: the line's rows go into the first forward of its children,
-whose own rows see them there (``Method.rides``); where that has no room, or the method does not allow it, they start
-behind it. Either way the line is evaluated once.
+A late fork with forced prefixes costs no forward of its own: the line's rows go into the first forward of its children,
+whose own rows see them there (``Method.rides``); where that has no room they start behind it, and for other methods it
+is evaluated first. Either way that happens once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Stems:
         self.session = session
         self._fed: list[Thread] = []
 
-    def before(self, thread: Thread) -> Sequence | None:
+    def before(self, thread: Thread, method: Any) -> Sequence | None:
         """The sequence that evaluates the line that ``thread`` was forked from. None where its rows are there, and then
         lent to the thread, or where it has to evaluate them itself (the line went on since, or has overlaps)."""
         line = thread.parent
@@ -33,6 +33,10 @@ class Stems:
             return None
         if thread.shift or line.shift or line.busy or not line.alive:
             return None
+        if isinstance(method, Feed) and len(thread.tokens) - method.wanted < thread.start:
+            return None  # it wants rows of the line itself
+        if not getattr(method, "rides", False) and line.feed is None and len(line.tokens) == thread.start:
+            self.session.evaluate(line)
         if line.feed is None and len(line.view) >= thread.start:
             thread.view.adopt(line.view)
             thread.view.truncate(thread.start)

@@ -127,11 +127,11 @@ class Scheduler:
         self.running.sort(key=lambda e: e.rank)
 
     def spawn(self, entry: Entry) -> None:
-        """Fork what waits for the prompt of ``entry``, if it is cached."""
-        seq = entry.seq
-        if not entry.forks or len(seq.view) < seq.method.prefill(seq):
+        """Fork what waits for the prompt of ``entry``, if it is cached; threads wait for the whole of it."""
+        seq, forks = entry.seq, entry.forks
+        if not forks or len(seq.view) < (len(seq.tokens) if forks[0].seq.held else seq.method.prefill(seq)):
             return
-        for fork in entry.forks:
+        for fork in forks:
             fork.seq.view.adopt(seq.view)
             fork.seq.metrics.cached_tokens = len(seq.view)
             self.add(fork)

@@ -44,6 +44,13 @@ class _Entry:
         return threads[number]
 
 
+def _wanted(lines: list[Thread], each: int) -> int:
+    """Slots that ``lines`` may take: what is not cached of each, a line that several were forked from once."""
+    own = sum(each + len(t.tokens) - max(len(t.view), t.start) for t in lines)
+    below = {id(t.parent): t.start - len(t.parent.view) for t in lines if t.parent and len(t.view) < t.start}
+    return own + sum(max(0, n) for n in below.values())
+
+
 class Held:
     """``step`` runs one forward for everybody; ``give_up`` ends a request, with a reason for its client; ``most``:
     sessions at once; ``idle``: seconds without a message after which a session ends."""
@@ -83,7 +90,7 @@ class Held:
         if len(set(threads)) < len(threads):
             raise InputError(f"threads {threads}: every thread once")
         lines = [entry.thread(n) for n in threads]
-        most = sum(params.max_tokens + len(t.tokens) - len(t.view) for t in lines)
+        most = _wanted(lines, params.max_tokens)
         self._room(most)
         jobs = [(t, method, params) for t in lines]
         streams = entry.session.submit(jobs)
@@ -94,7 +101,9 @@ class Held:
             entry.used = time.monotonic()
             if finished:
                 ran = [s.seq.metrics for s in streams]
-                entry.session.usage.forwards += max(m.forwards + m.prefill_forwards for m in ran)
+                feeds = [t.parent.feed.seq.metrics for t in lines if t.parent and t.parent.feed]
+                before = max((m.prefill_forwards for m in feeds), default=0)  # of a line, before its children's first
+                entry.session.usage.forwards += before + max(m.forwards + m.prefill_forwards for m in ran)
                 entry.session.collect(jobs, streams)
             else:
                 entry.session.abandon(jobs, streams)

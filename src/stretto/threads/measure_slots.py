@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from stretto.engine.params import SamplingParams
+from stretto.llm import LLM
+from stretto.threads.control import control_loop
 from stretto.threads.slots import call_tool
 from stretto.threads.tools import Parameter, Tool, prompt_of
 from stretto.training.tool_units import cases
@@ -18,6 +20,7 @@ __all__ = ["measure"]
 
 MODEL = "zoo:tiny-tools"
 RATE = 20.0  # Hz of the control loop
+AT_HAND = ("rent_car", "order_food", "plan_party")  # its tools, always the same: 4, 5 and 6 parameters
 Answer = tuple[Any, int, int, float]  # (value, forwards, tokens, seconds)
 
 
@@ -30,15 +33,17 @@ def measure(llm: Any, quick: bool) -> dict[str, Any]:
     }
     for way in ways.values():  # kernels, caches of tables
         way(found[0])
-    rows = [{name: way(c) for name, way in ways.items()} for c in found]
+    tries = [[{name: way(c) for name, way in ways.items()} for _ in range(1 if quick else 3)] for c in found]
+    rows = [{name: min((t[name] for t in tried), key=lambda a: a[3]) for name in ways} for tried in tries]
     many = [(c, r) for c, r in zip(found, rows, strict=True) if len(c.arguments) >= 4]
     summary = {name: _summary(found, [r[name] for r in rows]) for name in ways}
     wide = {name: _summary([c for c, _ in many], [r[name] for _, r in many]) for name in ways}
     step = llm.runner.curve(128)
-    loop = {name: _loop(ways[name], found[: 20 if quick else 100]) for name in ("json", "slots")}
+    loop = _loop(20 if quick else 160)
     return {
         "claims": _claims(summary, wide, step(8) / step(1), loop),
         "all": summary, "four or more arguments": wide, "control loop": loop,
+        "seconds of a step by rows": {n: step(n) for n in (1, 2, 4, 8)},
         "by field": _fields(llm, found), "model": MODEL, "cases": len(found), "seed": 11,
     }
 
@@ -109,11 +114,21 @@ def _fields(llm: Any, found: Sequence[ToolCase]) -> dict[str, float]:
     return {name: statistics.mean(right) for name, right in hits.items()}
 
 
-def _loop(way: Callable[[ToolCase], Answer], found: Sequence[ToolCase]) -> dict[str, float]:
-    """A controller that wants one call every 1 / RATE seconds: latencies, and how many came in time."""
-    times = sorted(way(c)[3] for c in found)
-    at = lambda q: times[min(len(times) - 1, int(q * len(times)))]
-    return {"p50": at(0.5), "p99": at(0.99), "in_time": sum(t <= 1 / RATE for t in times) / len(times)}
+def _loop(ticks: int) -> dict[str, dict[str, float]]:
+    """A controller that wants one call every 1 / RATE seconds, always with the same tools, which stay in the prefix
+    cache: the two ways one after the other, on the same states."""
+    llm, states = LLM(MODEL), cases("test", ticks, 12, AT_HAND)
+    ways: dict[str, Callable[[ToolCase], Answer]] = {
+        "json": lambda c: _json(llm, c), "slots": lambda c: _slots(llm, c, "independent"),
+    }
+    out = {}
+    for name, way in ways.items():
+        way(states[0])
+        answers: list[Answer] = []
+        seen = control_loop(lambda c, way=way, answers=answers: answers.append(way(c)), states, RATE)
+        right = _summary(states, answers)["exact"]
+        out[name] = {"p50": seen.at(0.5), "p99": seen.at(0.99), "in_time": seen.in_time, "exact": right}
+    return out
 
 
 def _claims(
@@ -148,7 +163,10 @@ def _claims(
                         f"{100 * loop['slots']['in_time']:.0f} % within 1/{RATE:.0f} s",
             "baseline": f"JSON: p50 {1e3 * loop['json']['p50']:.2f} ms, p99 {1e3 * loop['json']['p99']:.2f} ms",
             "bar": "", "holds": bool(loop["slots"]["p99"] < loop["json"]["p99"]),
-            "note": "our model and machine, not theirs: only the order of the two is comparable",
+            "note": f"a control loop at {RATE:.0f} Hz with three tools that stay in the prefix cache, exact "
+                    f"{loop['slots']['exact']:.3f} and {loop['json']['exact']:.3f}: "
+                    f"{loop['json']['p50'] / loop['slots']['p50']:.2f} x at p50; our model and machine, not theirs: "
+                    "only the order of the two is comparable",
         },
         {
             "name": "shorter output", "paper": "4-6x fewer tokens by compression",

@@ -254,8 +254,9 @@ class _Writer:
         assert self.grammar is not None
         if len(numbers) > SUSPICIOUS:
             self.out.notes.append(f"suspicious: {len(numbers)} paths in one block")
-        yield self.session.pending(thread)
-        kids = thread.fork(prefixes=[self.grammar.header(n) for n in numbers])
+        if thread.shift:  # else the line goes into the paths' first forward
+            yield self.session.pending(thread)
+        kids = thread.fork(prefixes=[self.grammar.header(n) for n in numbers], late=True)
         for kid in kids:
             self.laws[kid.id] = [None] * (len(kid.tokens) - kid.start)
         self.out.blocks += 1

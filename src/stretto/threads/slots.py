@@ -166,21 +166,21 @@ class _Run:
 
     def _independent(self, session: Session) -> Iterator[str]:
         most = max(len(t.parameters) for t in self.tools)
-        heads = session.fork(prefixes=[[t] for t in self.slots.openers[: 1 + most]])
+        heads = session.fork(prefixes=[[t] for t in self.slots.openers[: 1 + most]], late=True)
         outs = heads.gen([self._name_params(), *[self._free(i) for i in range(most)]])
         tool = self._name(outs[0])
         if tool is not None:
             yield from self._assemble(tool, outs[1:])
 
     def _after(self, session: Session) -> Iterator[str]:
-        head = session.fork(prefixes=[[self.slots.openers[0]]])
+        head = session.fork(prefixes=[[self.slots.openers[0]]], late=True)
         tool = self._name(head.gen([self._name_params()])[0])
         if tool is None:
             return
         n = len(tool.parameters)
         args: list[Generated] = []
         if n:
-            heads = Children(head[0].fork(prefixes=[[t] for t in self.slots.openers[1 : 1 + n]]))
+            heads = Children(head[0].fork(prefixes=[[t] for t in self.slots.openers[1 : 1 + n]], late=True))
             args = heads.gen([self._typed(p) for p in tool.parameters])
         yield from self._assemble(tool, args)
 

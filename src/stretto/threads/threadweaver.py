@@ -45,7 +45,7 @@ class Local:
         if ask.joined and self.children is not None:
             thread.join(self.children, self.join, separator=self.parting)
         assert thread.tokens == ask.context
-        self.children = thread.fork(prefixes=ask.heads) if ask.heads != [[]] else None
+        self.children = thread.fork(prefixes=ask.heads, late=True) if ask.heads != [[]] else None
         return self.children or Children([thread]), _bounded(self.params, ask)
 
     def _replies(self, outs: Sequence[Generated]) -> list[Reply]:

@@ -32,11 +32,11 @@ def write_slots(folder: Path) -> None:
     (folder / SLOTS_FILE).write_text(json.dumps(SLOTS, indent=1) + "\n")
 
 
-def cases(split: str, n: int, seed: int) -> list[tools.ToolCase]:
-    """``n`` different cases of a split of the workbook, the same for the same seed."""
+def cases(split: str, n: int, seed: int, at_hand: tuple[str, ...] = ()) -> list[tools.ToolCase]:
+    """``n`` different cases of a split of the workbook, the same for the same seed; ``at_hand``: all of these tools."""
     rng, out = random.Random(f"{split}/tools/{seed}"), {}
     while len(out) < n:
-        case = tools.case(rng)
+        case = tools.case(rng, at_hand)
         if workbook._split(case.prompt) == split:
             out.setdefault(case.prompt, case)
     return list(out.values())

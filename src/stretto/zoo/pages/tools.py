@@ -65,13 +65,15 @@ def spoken(value: str | int | bool) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def case(rng: random.Random) -> ToolCase:
-    """One case; the tool that is called has more parameters more often."""
-    names = list(TOOLS)
+def case(rng: random.Random, at_hand: tuple[str, ...] = ()) -> ToolCase:
+    """One case; the tool that is called has more parameters more often. ``at_hand``: these tools, in this order."""
+    names = list(at_hand or TOOLS)
     name = rng.choices(names, [1 + len(TOOLS[n]) for n in names])[0]
-    others = rng.sample([n for n in names if n != name], rng.randint(0, 2))
-    chosen = [name, *others]
-    rng.shuffle(chosen)
+    chosen = names
+    if not at_hand:
+        others = rng.sample([n for n in names if n != name], rng.randint(0, 2))
+        chosen = [name, *others]
+        rng.shuffle(chosen)
     arguments = {key: _value(rng, kind) for key, kind in TOOLS[name]}
     said = list(arguments.items())
     rng.shuffle(said)
