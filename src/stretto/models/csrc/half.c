@@ -95,7 +95,7 @@ INLINE void block(
     UNROLL for (int i = 0; i < (mr + 3) / 4; i++) g[i] = x + i * group;
     const char *next[STREAMS];
     for (int i = 0; i < STREAMS; i++) next[i] = far + kb / STREAMS * i * 64;
-    for (size_t first = 0; first < (size_t)kb; first += SUM) { /* an int counter costs a tenth: see the addresses */
+    for (size_t first = 0; first < (size_t)kb; first += SUM) { /* int counters cost a tenth: widened for each address */
         const size_t end = kb - first < SUM ? kb : first + SUM;
         __m512h sum[MR][2];
         for (size_t start = first; start < end; start += CHAIN) {
