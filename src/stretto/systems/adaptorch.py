@@ -50,8 +50,15 @@ def _quality(found: Mapping[str, Any]) -> tuple[str, str, bool, str]:
         all(score["auto"] > score[a] for a in statics) and not behind,
         f"best single: {best}. The router alone {alone:.3f}, re-routing without a router "
         f"{score['no router, re-routing']:.3f}. "
-        + (f"Behind the best of a kind on {', '.join(behind)}" if behind else "Behind the best of no kind"),
+        + (f"Behind the best of a kind on {', '.join(behind)}" if behind else "Behind the best of no kind")
+        + f". Single calls that are told only what is right: {_weakest(found['calls told only what is right'])}",
     )
+
+
+def _weakest(calls: Mapping[str, Mapping[str, float]]) -> str:
+    """The kinds' calls that go wrong most often, without those that do everything at once."""
+    rows = [(right, f"{kind}: {call}") for kind, of in calls.items() for call, right in of.items()]
+    return "; ".join(f"{name} {right:.2f}" for right, name in sorted(r for r in rows if "one call" not in r[1])[:6])
 
 
 def _absolute(found: Mapping[str, Any]) -> tuple[str, str, bool, str]:

@@ -22,6 +22,7 @@ import torch
 from stretto.engine.params import SamplingParams
 from stretto.llm import LLM
 from stretto.models import checkpoint
+from stretto.threads.measure_calls import right_calls
 from stretto.threads.orchestrate import Options, Orchestration, aorchestrate, call_bound, orchestrate
 from stretto.threads.routing import Router
 from stretto.threads.synthesis import Candidate, Verdict, arithmetic
@@ -85,7 +86,8 @@ def measure(llm: Any, quick: bool) -> dict[str, Any]:
     seconds = _timed(llm, {kind: found[:timed] for kind, found in tasks.items()})
     return {
         "arms": {arm: _summary(found, seconds[arm]) for arm, found in runs.items()},
-        "gain": _gain(runs), "routing": _routing(1 if quick else 3),
+        "gain": _gain(runs), "calls told only what is right": right_calls(llm, 2 if quick else 12, SEED),
+        "routing": _routing(1 if quick else 3),
         "ends": _ends(llm, tasks, 1 if quick else 4), "one step": _one_step(llm, 20 if quick else 100),
         "model's own graphs": _planned(llm, {kind: found[:planned] for kind, found in tasks.items()}, runs["auto"]),
         **({} if quick else {"variance": spread(llm, 10)}),
