@@ -1,5 +1,6 @@
 # stretto serve in a container: docker build -t stretto . && docker run -p 8000:8000 stretto zoo:tiny
-FROM python:3.12-slim
+ARG PYTHON=3.12
+FROM python:${PYTHON}-slim
 # The native forward is compiled for the processor at hand at first use; without a compiler the torch path serves.
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 WORKDIR /src

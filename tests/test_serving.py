@@ -112,7 +112,7 @@ def test_logprobs(client, expected):
     assert "".join(inner.tokens) == plain.choices[0].text
 
 
-def test_completions_of_several_prompts(client):
+def test_completions_of_several_prompts(client, expected):
     llm = LLM("zoo:tiny", deterministic=True)
     prompts = ["Reverse: 1 2 3", "Sort: 9 4 7"]
     want = [o.outputs[0].text for o in llm.generate(prompts, SamplingParams(max_tokens=8, temperature=0))]
@@ -121,6 +121,9 @@ def test_completions_of_several_prompts(client):
     assert [c.text for c in answer.choices] == want and [c.index for c in answer.choices] == [0, 1]
     ids = [llm.tokenizer.encode(p) for p in prompts]
     assert [c.text for c in client.completions.create(prompt=ids, **given).choices] == want
+    ended = [*llm.tokenizer.encode(llm.chat_prompt(MESSAGES)), *expected.token_ids[:-1]]  # the next one is <|im_end|>
+    cut = client.completions.create(prompt=ended, echo=True, logprobs=1, **(given | {"max_tokens": 1})).choices[0]
+    assert cut.finish_reason == "stop" and len(cut.logprobs.tokens) == len(ended) + 1  # lm-eval cuts it off by position
     echoed = client.completions.create(prompt=prompts[0], echo=True, **given)
     assert echoed.choices[0].text == prompts[0] + want[0]
     scored = client.completions.create(prompt=ids[0], echo=True, logprobs=2, **(given | {"max_tokens": 0})).choices[0]

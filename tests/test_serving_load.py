@@ -26,6 +26,7 @@ A, B = {"Authorization": "Bearer alpha"}, {"Authorization": "Bearer beta"}
 def server():
     running = Server(
         "--deterministic", "--max-num-seqs", "4", "--max-queued-requests", "4", "--max-body", "20000", "--supervise", "1",
+        "--max-num-batched-tokens", "128",
         "--api-key", "alpha", "--api-key", "beta",
     )
     yield running
@@ -153,24 +154,36 @@ def test_random_clients_of_all_methods(server):
 
 
 def test_a_long_prompt_does_not_stop_a_running_stream(server):
-    """The prompt is evaluated in chunks beside the stream: no gap is as long as the whole prompt takes alone."""
-    prompt = [5 + i % 1500 for i in range(900)]
+    """The prompt comes in eight chunks: the gaps of a stream while it is evaluated stay under half of what it takes
+    alone. The best of three: the machine may be busy with other things."""
+    best = min(_gap_share(server, random.Random(k)) for k in range(3))
+    assert best < 0.5, best
+
+
+def _gap_share(server, rng):
+    """p95 of the gaps between the tokens of a stream while a long prompt arrives, over the prompt's time alone."""
+    one, two = ([rng.randrange(5, 1500) for _ in range(900)] for _ in range(2))
     start = time.perf_counter()
-    server.post("/v1/completions", {**LONG, "prompt": prompt, "max_tokens": 1}, **A)
+    server.post("/v1/completions", {**LONG, "prompt": one, "max_tokens": 1}, **A)
     alone = time.perf_counter() - start
-    connection, answer = stream(server, {"max_tokens": 400})
-    stamps, added = [], False
-    while line := answer.readline():
+    connection, answer = stream(server, {"max_tokens": 900})
+    stamps, window = [], []
+
+    def arrive():
+        window.append(time.perf_counter())
+        server.post("/v1/completions", {**LONG, "prompt": two, "max_tokens": 1}, **A)
+        window.append(time.perf_counter())
+
+    other = threading.Thread(target=arrive)
+    while (line := answer.readline()) and len(window) < 2:
         if line.startswith(b"data: {"):
             stamps.append(time.perf_counter())
-        if len(stamps) == 50 and not added:
-            added = True
-            other = threading.Thread(target=server.post, args=("/v1/completions", {**LONG, "prompt": prompt[::-1], "max_tokens": 1}), kwargs=A)
+        if len(stamps) == 20 and not window and not other.is_alive():
             other.start()
-    connection.close()
     other.join(60)
-    gaps = sorted(b - a for a, b in itertools.pairwise(stamps))
-    assert gaps[int(0.95 * len(gaps))] < alone
+    connection.close()
+    inside = [b - a for a, b in itertools.pairwise(stamps) if b >= window[0] and a <= window[1]]
+    return sorted(inside)[int(0.95 * len(inside))] / alone
 
 
 def test_the_load_generator(server):

@@ -63,10 +63,14 @@ class Shape:
 
     def shown(self, event: Mapping[str, Any]) -> list[tuple[int, Any]]:
         """(token, its log-probabilities) of an event, without the stop token that ended it."""
-        pairs = list(zip(event["tokens"], event.get("logprobs") or [()] * len(event["tokens"]), strict=True))
+        pairs = self.every(event)
         if event.get("finish") == "stop" and pairs and pairs[-1][0] in self.stop_ids:
             pairs.pop()
         return pairs
+
+    def every(self, event: Mapping[str, Any]) -> list[tuple[int, Any]]:
+        """(token, its log-probabilities) of an event, a stop token included."""
+        return list(zip(event["tokens"], event.get("logprobs") or [()] * len(event["tokens"]), strict=True))
 
     def text_of(self, token: int) -> str:
         return self.tokenizer.token_bytes(token).decode("utf-8", "replace")
@@ -159,7 +163,7 @@ class CompletionShape(Shape):
             for token, law in zip(job.prompt, [None, *job.scores], strict=True):
                 self.put(out, token, law, job.top or 0, offset)
                 offset += len(out["tokens"][-1])
-        for token, pairs in self.shown(event):
+        for token, pairs in self.every(event):  # as OpenAI and vLLM do: clients cut the generated token off by position
             self.put(out, token, dict(pairs) if pairs is not None else None, job.top or 0, offset)
             offset += len(out["tokens"][-1])
         return out

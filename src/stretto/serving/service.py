@@ -127,7 +127,8 @@ class Service:
         self.train()
         found = await self.link.call(name, self.settings.health_timeout)
         alive = self.trainer is not None and self.trainer.poll() is None
-        return found | {"trainer": {"alive": alive, "starts": self.trainers, "share": self.settings.online.share}}
+        about = {"alive": alive, "starts": self.trainers, "share": self.settings.online.share}
+        return found | {"trainer": about | ({"pid": self.trainer.pid} if self.trainer is not None and alive else {})}
 
     @property
     def model(self) -> Model:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -40,6 +43,8 @@ def evidence(quick: bool = False) -> Mapping[str, Any]:
             after, more = _phase(url, SECOND, seconds[1], arms, requests, static)
             mixed, _ = _phase(url, FIRST + SECOND, 0.0, arms, more, static)
             about = _get(url, "/v1/drafters")
+            pid = about["trainer"].get("pid")
+            cost = _cost_of_training(url, pid, 2 if quick else 6) if pid else {}
         finally:
             server.terminate()
             server.wait(60)
@@ -47,7 +52,7 @@ def evidence(quick: bool = False) -> Mapping[str, Any]:
     _draw(rows, requests, more, quick)
     claims = [_day0(before), _shift(before, after, frozen), _mixed(mixed), _same(rows)]
     return {
-        "claims": claims, "timeline": rows, "drafters": about,
+        "claims": claims, "timeline": rows, "drafters": about, "while_training": cost,
         "settings": {"model": "zoo:tiny", "share": 0.5, "chunk": CHUNK, "concurrency": 4, "sync": 20},
     }
 
@@ -117,6 +122,25 @@ def _phase(
         rows.append(row)
         number += len(pool)
     return rows, number
+
+
+def _cost_of_training(url: str, trainer: int, pairs: int) -> dict[str, float]:
+    """Speed of plain decoding with the trainer stopped and running, in turns (tokens/s, medians), and their ratio:
+    what the share of a core that training takes costs those who are served."""
+    from stretto.bench.load import Load, fire, summary
+    from stretto.zoo.workbook import examples
+
+    speeds: dict[str, list[float]] = {"stopped": [], "running": []}
+    load = Load(requests=2 * CHUNK, rate=0, concurrency=4, max_tokens=64, body={"method": "ar", "store": False})
+    ways = {"stopped": signal.SIGSTOP, "running": signal.SIGCONT}
+    for pair in range(pairs):
+        texts = [e.prompt for e in examples(FIRST[0], "test", 2 * CHUNK, 5000 + pair)]
+        for name in sorted(ways, reverse=bool(pair % 2)):
+            os.kill(trainer, ways[name])
+            speeds[name].append(summary(fire(url, load, texts, model="zoo:tiny"), load)["tokens_per_second"] or 0.0)
+    os.kill(trainer, signal.SIGCONT)
+    medians = {name: statistics.median(found) for name, found in speeds.items()}
+    return medians | {"ratio": medians["running"] / medians["stopped"] if medians["stopped"] else 0.0}
 
 
 def _freeze(folder: Path, static: Path) -> bool:
