@@ -30,7 +30,7 @@ METHODS = ["ar", "ngram", "suffix", "jacobi", "lookahead"]
 
 @pytest.fixture(scope="module")
 def server():
-    running = Server("--deterministic", "--max-num-seqs", "16", "--max-model-len", "512")
+    running = Server("--deterministic", "--no-plan", "--max-num-seqs", "16", "--max-model-len", "512")
     yield running
     assert running.stop() == 0
 
