@@ -63,6 +63,22 @@ def test_what_is_learnt_is_what_the_model_would_write_each_token_once(pairs):
             assert list(unit.tokens[: unit.learnt]) == [*prompt, *answer[: block.goal + 1], *GRAMMAR.header(path.number)]
 
 
+def test_a_tag_starts_as_the_one_that_the_base_knows_in_its_role(model):
+    from stretto.tags import MULTIVERSE
+    from stretto.training.parallel_units import initialise_tags
+
+    net, known = copy.deepcopy(model), grammar_of(MULTIVERSE).ids
+    before = net.model.embed_tokens.weight.detach().clone()
+    initialise_tags(net, GRAMMAR, known)
+    after = net.model.embed_tokens.weight.detach()
+    assert GRAMMAR.ids["path_open"] != known["path_open"]
+    for role, i in GRAMMAR.ids.items():
+        assert torch.equal(after[i], before[known[role]])
+    initialise_tags(net, GRAMMAR)
+    words = GRAMMAR.encode("thread")
+    assert torch.allclose(net.model.embed_tokens.weight[GRAMMAR.ids["path_open"]], after[words].mean(0), atol=1e-6)
+
+
 def test_an_answer_that_no_machine_writes_is_refused(pairs):
     prompt, answer = pairs[0]
     with pytest.raises(InputError):

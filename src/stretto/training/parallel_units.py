@@ -101,10 +101,12 @@ def _others(task: str) -> dict[str, float]:
 
 
 @torch.no_grad()
-def initialise_tags(model: Transformer, grammar: Grammar) -> None:
-    """Start the embedding of every tag at the mean of its word's ordinary tokens (outputs are tied)."""
+def initialise_tags(model: Transformer, grammar: Grammar, known: Mapping[str, int] | None = None) -> None:
+    """Start the embedding of every tag at the mean of its word's ordinary tokens (outputs are tied), or as the tag that
+    the model already knows in its role (``known``: role -> id)."""
     weight = model.model.embed_tokens.weight
     rows = {i: grammar.encode(grammar.tags.names[role].strip("<>|")) for role, i in grammar.ids.items()}
+    rows |= {i: [known[role]] for role, i in grammar.ids.items() if known and role in known}
     means = {i: weight[ids].mean(0) for i, ids in rows.items()}
     for i, mean in means.items():
         weight[i] = mean

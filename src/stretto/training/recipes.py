@@ -163,25 +163,23 @@ class FilterRecipe:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThreadsRecipe:
     """How a model that reasons in threads is made (``training/threads_run.py``). ``stages``: of sft, self and rl;
-    ``minutes``: of sft and self each; ``rl_minutes``, ``prompts``, ``rl_lr``, ``normalise``: of P-GRPO; ``new_tags``:
-    the base does not know the tags yet."""
+    ``minutes``: of sft and self each; ``rl_minutes``, ``prompts``, ``rl_lr``, ``normalise``: of P-GRPO."""
 
     name: str
     purpose: str
     base: str = "zoo:tiny"
-    new_tags: bool = True
     stages: tuple[str, ...] = ("sft",)
-    minutes: float = 15.0
+    minutes: float = 24.0
     rows: int = 9  # examples of a batch
     length: int = 512  # places of a row of the policy's pack
-    lr: float = 2e-3
-    adam_lr: float = 2e-3
+    lr: float = 1.6e-3
+    adam_lr: float = 1.2e-3
     warmup: int = 30  # steps
     decay: float = 0.6  # last share of the budget, over which the rate falls to zero
     average: float = 0.99  # decay of the averaged weights, which ship
     rl_minutes: float = 5.0
     prompts: int = 8  # of a step; 8 answers each
-    max_tokens: int = 320  # of an answer of the model's own
+    max_tokens: int = 400  # of an answer of the model's own
     rl_lr: float = 1e-4
     normalise: Literal["mean", "std"] = "mean"
     seed: int = 0
@@ -260,7 +258,10 @@ _ALL: tuple[AnyRecipe, ...] = (
         objective="structured_attention", base="zoo:tiny", minutes=25, rows=3, length=640, lr=2e-3, adam_lr=2e-3,
         decay=0.6, weights={},
     ),
-    ThreadsRecipe(name="zoo-tiny-threads", purpose="reasons in threads (ThreadWeaver), from zoo:tiny"),
+    ThreadsRecipe(
+        name="zoo-tiny-threads", purpose="reasons in threads (ThreadWeaver), from zoo:tiny-multiverse",
+        base="zoo:tiny-multiverse",
+    ),
     Recipe(
         name="zoo-tiny-hogwild", purpose="works with others on one live cache (Hogwild), from zoo:tiny",
         objective="workers", base="zoo:tiny", minutes=18, rows=8, length=0, lr=2e-3, adam_lr=2e-3, decay=0.6,

@@ -9,7 +9,7 @@ page's solutions, curated by rules; stage "self" from the model's own answers in
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,33 +28,35 @@ from stretto.zoo import workbook
 from stretto.zoo.pages import reasoning
 
 __all__ = [
-    "SHARES", "TASKS", "cases", "own_answers", "prompt_of", "right", "roll_out", "rollout_of", "spec_of", "supervised",
-    "units_of",
+    "LEARNT", "SHARES", "TASKS", "cases", "own_answers", "prompt_of", "right", "roll_out", "rollout_of", "spec_of",
+    "supervised", "units_of",
 ]
 
 
-def _rows(rng: random.Random) -> reasoning.Case:
-    """Tables of at most 16 numbers."""
-    while True:
-        case = reasoning.rows(rng)
-        if case.prompt.count(",") + case.prompt.count(":") <= 16:
-            return case
+def _few(rng: random.Random) -> reasoning.Case:
+    """Small cases: more questions and conclusions in as many tokens."""
+    if rng.random() < 0.6:
+        return reasoning.rows(rng, rng.choice([2, 3]), rng.choice([2, 3]))
+    return reasoning.tree(rng, rng.choice([2, 3]), rng.choice([2, 3]), "Sum Sum Max")
 
 
 TASKS: dict[str, Callable[[random.Random], reasoning.Case]] = {
-    "rows": _rows, "tree": lambda rng: reasoning.tree(rng, rng.choice([3, 4, 4]), 4, "Sum Max"),
-    "serial": reasoning.serial,
+    "rows": reasoning.rows, "tree": lambda rng: reasoning.tree(rng, words="Sum Sum Max"), "serial": reasoning.serial,
+    "few": _few,
 }
-SHARES = {"rows": 1.0, "tree": 1.0, "serial": 0.25}
+SHARES = {"rows": 1.0, "tree": 1.2, "serial": 0.6}
+LEARNT = {**SHARES, "few": 0.8}
 WAYS = {"auto": 0.6, "parallel": 0.1, "sequential": 0.3}  # shares of the training mix
 
 
-def cases(split: str, n: int, seed: int, task: str | None = None) -> list[reasoning.Case]:
-    """``n`` different cases of a split, of one task or of all by ``SHARES``; the same for the same seed."""
+def cases(
+    split: str, n: int, seed: int, task: str | None = None, shares: Mapping[str, float] = SHARES
+) -> list[reasoning.Case]:
+    """``n`` different cases of a split, of one task or of several by ``shares``; the same for the same seed."""
     rng, out = random.Random(f"{split}/threads/{task}/{seed}"), {}
-    names = [task] if task else list(TASKS)
+    shares = {task: 1.0} if task else shares
     while len(out) < n:
-        case = TASKS[rng.choices(names, [SHARES[t] for t in names])[0]](rng)
+        case = TASKS[rng.choices(list(shares), list(shares.values()))[0]](rng)
         if workbook._split(case.prompt) == split:
             out.setdefault(case.prompt, case)
     return list(out.values())
@@ -92,7 +94,7 @@ def supervised(split: str, n: int, seed: int, way: str | None = None) -> list[li
     """``n`` examples of the page, in one way or in all by ``WAYS``: curated solutions in threads, and flat ones."""
     rng, grammar = random.Random(f"ways/{seed}"), grammar_of(THREADWEAVER)
     ways = [way] * n if way else rng.choices(list(WAYS), list(WAYS.values()), k=n)
-    return [units_of(*pair_of(c, w, grammar)) for c, w in zip(cases(split, n, seed), ways, strict=True)]
+    return [units_of(*pair_of(c, w, grammar)) for c, w in zip(cases(split, n, seed, shares=LEARNT), ways, strict=True)]
 
 
 def rollout_of(got: Woven, grammar: Grammar) -> Rollout:

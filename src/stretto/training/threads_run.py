@@ -20,7 +20,7 @@ import torch
 from stretto.errors import OptionError, StrettoError
 from stretto.models import checkpoint
 from stretto.models.transformer import Transformer
-from stretto.tags import THREADWEAVER, write_tags
+from stretto.tags import TAGS_FILE, THREADWEAVER, read_tags, write_tags
 from stretto.training import checkpoints, thread_units
 from stretto.training.nets import PackedNet, fast_dtype
 from stretto.training.optim import MuonAdamW
@@ -70,10 +70,11 @@ def run_threads(
 
 
 def _start(recipe: ThreadsRecipe) -> Transformer:
-    """The base, with the tags' embeddings at the means of their words, unless it knows the tags already."""
-    model = checkpoint.load(resolve(recipe.base) if recipe.base.startswith("zoo:") else recipe.base, dtype="float32")
-    if recipe.new_tags:
-        initialise_tags(model, grammar_of(THREADWEAVER))
+    """The base, with the tags' embeddings at the means of their words, or as the tags that it knows in their roles."""
+    folder = Path(resolve(recipe.base) if recipe.base.startswith("zoo:") else recipe.base)
+    model = checkpoint.load(folder, dtype="float32")
+    known = grammar_of(read_tags(folder)[0]).ids if (folder / TAGS_FILE).is_file() else None
+    initialise_tags(model, grammar_of(THREADWEAVER), known)
     return model
 
 

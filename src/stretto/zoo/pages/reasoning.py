@@ -90,10 +90,10 @@ def _collect(word: str, values: list[int]) -> tuple[str, int]:
     return f"{word}: {value}.", value
 
 
-def rows(rng: random.Random) -> Case:
+def rows(rng: random.Random, parts: int | None = None, width: int | None = None) -> Case:
     """Sums of the rows of a small table; the largest or smallest of them."""
-    letters = "abcdef"[: rng.choice([4, 4, 5])]
-    width, word = rng.choice([4, 5, 6]), rng.choice(["Largest", "Smallest"])
+    letters = "abcdef"[: parts or rng.choice([4, 4, 5])]
+    width, word = width or rng.choice([4, 5, 6]), rng.choice(["Largest", "Smallest"])
     table = {c: rng.sample(range(2, 20), width) for c in letters}
     sums = {c: _chain(v) for c, v in table.items()}
     end, answer = _collect(word, [s for _, s in sums.values()])
