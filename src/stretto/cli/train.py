@@ -14,7 +14,7 @@ from stretto.errors import OptionError
 @verb
 def train(
     recipe: Annotated[
-        str | None, typer.Argument(help="Name of a recipe; nothing lists them.")
+        str | None, typer.Argument(help="Name of a recipe. Without one: the list of them.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Directory of the model (default: its name, here).")
