@@ -236,7 +236,7 @@ _ALL: tuple[AnyRecipe, ...] = (
     ),
     Recipe(
         name="zoo-tiny-diffusion", purpose="full-attention masked diffusion (kind F), from zoo:tiny",
-        objective="masked_diffusion", base="zoo:tiny", suffix=0.5, minutes=60, length=192, rows=10, lr=2e-3,
+        objective="masked_diffusion", base="zoo:tiny", suffix=0.5, minutes=75, length=192, rows=10, lr=2e-3,
         adam_lr=1e-3,
     ),
     Recipe(
