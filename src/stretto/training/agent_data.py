@@ -15,7 +15,7 @@ from stretto.zoo.pages import orchestra
 __all__ = ["agent_data", "agent_tests", "cases"]
 
 POOL = 1024
-SHARE = {"wide": 0.2, "deep": 0.2, "layered": 0.2, "dense": 0.4}  # whether a colour was seen is learnt last
+SHARE = {"wide": 0.2, "deep": 0.1, "layered": 0.25, "dense": 0.45}  # whether a colour was seen is learnt last
 
 
 def cases(split: str, kind: str, n: int, seed: int) -> list[orchestra.TaskCase]:

@@ -29,6 +29,8 @@ TOTAL = "total"
 KINDS = ("wide", "deep", "layered", "dense")
 SAME = "One color each, not one twice."
 CHECK, PLAN, SPLIT = "check.", "plan.", "design."
+FORMS = {"work": 56, "many": 22, "plan": 4, "check": 6, "said": 9, "split": 3}  # calls of a kind, in percent
+DENSE_FORMS = {"work": 38, "many": 20, "plan": 24, "check": 6, "said": 9, "split": 3}  # its plan is its solution
 FINE, AGAIN = "all true", "not "  # what the lead says of reports; behind the second, ids
 _CLAIM = re.compile(r"\b([A-Za-z_][\w-]*) = (-?[\w.]*\w)")
 
@@ -233,7 +235,8 @@ def _dense(rng: random.Random) -> TaskCase:
 
 def example(rng: random.Random, task: TaskCase) -> tuple[str, str]:
     """(prompt, answer) of one call that an orchestration of ``task`` may make, in any topology."""
-    form = rng.choices(("work", "many", "plan", "check", "said", "split"), (52, 18, 8, 7, 10, 5))[0]
+    weights = DENSE_FORMS if task.kind == "dense" else FORMS
+    form = rng.choices(list(weights), list(weights.values()))[0]
     makers = {"work": _work, "many": _many, "plan": _plan, "check": _check, "said": _said, "split": _split}
     text, answer = makers[form](rng, task)
     return f"{task.common}\n{text}", "\n".join(f" {line}" if form != "split" else line for line in answer.splitlines())
