@@ -20,7 +20,7 @@ from stretto.engine.types import Sequence
 __all__ = ["ALLOWANCE", "START", "WEALTH", "Bank", "Overhead"]
 
 ALLOWANCE = 0.01  # of the time of plain decoding: what looking for gains may cost
-WEALTH = 8  # plain steps that the bank holds at most: what may be lost where a text changes for the worse
+WEALTH = 24  # plain steps that the bank holds at most: what may be lost where a text changes for the worse
 START = 4  # plain steps in the bank at first: enough for some probes of a method that nothing is known of
 DEBT = 8  # plain steps that it may owe: more is forgiven, for on a busy machine it was not the method
 LOOKS, AGAIN = 8, 4  # plain steps looked at first, and later
