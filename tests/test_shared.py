@@ -272,6 +272,7 @@ def test_teams_go_as_a_whole():
     @dataclass
     class Item:
         seq: Sequence
+        base: None = None
 
     def item(team):
         params = greedy(1)

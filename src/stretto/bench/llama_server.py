@@ -34,7 +34,7 @@ def main() -> None:
             program, "-m", given.file, "--host", "127.0.0.1", "--port", str(given.port), "-t", str(given.threads),
             "-tb", str(given.threads), "-np", str(given.slots), "-c", str(given.slots * given.context), "--jinja",
         ])
-    import xllamacpp
+    import xllamacpp  # pyright: ignore[reportMissingImports]
 
     params = xllamacpp.CommonParams()
     params.model.path, params.port = given.file, given.port
