@@ -1,5 +1,6 @@
 """A drafter that learns while the server runs: samples, training, versions, the way back, and unchanged texts."""
 
+import itertools
 import os
 import signal
 import time
@@ -9,7 +10,9 @@ import torch
 
 from serving import Server
 from stretto import LLM, SamplingParams, load
+from stretto.decoding.planner import RESTED, Planner
 from stretto.decoding.registry import METHODS
+from stretto.engine.types import Step
 from stretto.models.adapter import Adapter, Base, load_adapter, save_adapter
 from stretto.serving.drafters import Drafters
 from stretto.serving.loop import Loop
@@ -30,10 +33,10 @@ def llm():
 def serve(llm, folder, prompts, method="ar"):
     """Samples of ``prompts`` as a served engine records them, and the texts."""
     recorder = Recorder(llm.runner, folder, lambda stream: True)
-    llm.engine.taps, llm.engine.watchers = (-1,), [recorder]
+    llm.host.taps, llm.engine.watchers = (-1,), [recorder]
     texts = [llm.chat_prompt([{"role": "user", "content": p}]) for p in prompts]
     outs = llm.generate(texts, SamplingParams(max_tokens=48, temperature=0), method=method)
-    llm.engine.taps, llm.engine.watchers = (), []
+    llm.host.taps, llm.engine.watchers = (), []
     end = time.monotonic() + 20
     while recorder.recorded < len(prompts) and time.monotonic() < end:
         time.sleep(0.01)
@@ -46,24 +49,43 @@ def trainer(llm, folder, **options):
     return Trainer(Settings(**given), load("zoo:tiny", dtype="float32"))
 
 
-def test_recorded_states_are_those_of_a_plain_forward_and_give_the_targets_laws(llm, tmp_path):
-    samples, outs = serve(llm, tmp_path, PROMPTS[:4])
+def as_plain_forwards_say(llm, samples, outs):
+    """The recorded states are those that plain forwards of the texts give (they are kept in bfloat16)."""
     head = llm.model.model.embed_tokens.weight.detach().float()
     for sample, out in zip(sorted(samples, key=lambda s: s.tokens.tolist()), sorted(outs, key=lambda o: [o.prompt_token_ids[-1], *o.outputs[0].token_ids]), strict=True):
         ids, n = out.prompt_token_ids + out.outputs[0].token_ids, len(out.prompt_token_ids)
         assert sample.tokens.tolist() == ids[n - 1 :]
         want = llm.logits(ids)[n - 1 : n - 1 + len(sample.states)]
         got = sample.states @ head.T
-        assert (got.argmax(-1) == sample.tokens[1 : 1 + len(got)]).float().mean() > 0.95  # states are kept in bfloat16
+        said = sample.tokens[1 : 1 + len(got)]
+        assert (got.argmax(-1)[: len(said)] == said).float().mean() > 0.95
         assert (got[:, :2048].softmax(-1) - want.softmax(-1)).abs().max() < 0.05
+
+
+def test_recorded_states_are_those_of_a_plain_forward_and_give_the_targets_laws(llm, tmp_path):
+    as_plain_forwards_say(llm, *serve(llm, tmp_path, PROMPTS[:4]))
     assert not list(tmp_path.iterdir())  # read samples are gone
+
+
+@pytest.mark.parametrize("method, asleep", [("medusa", 1), ("medusa", 3), ("eagle", 3)])
+def test_states_are_recorded_while_a_method_sleeps(llm, tmp_path, monkeypatch, method, asleep):
+    """It needs none then, but somebody else does. ``asleep``: in every step, or in two of three."""
+    looks = itertools.count(1)
+
+    def rest(self, seqs, paces):
+        awake = asleep > 1 and next(looks) % asleep == 0
+        return None if awake else [Step([seq.tokens[-1]], extra=RESTED) for seq in seqs]
+
+    monkeypatch.setattr(Planner, "rest", rest)
+    monkeypatch.setattr(Planner, "napping", property(lambda self: True))
+    as_plain_forwards_say(llm, *serve(llm, tmp_path, PROMPTS[:4], method=method))
 
 
 def test_the_pool_drops_the_oldest_and_counts(llm, tmp_path):
     recorder = Recorder(llm.runner, tmp_path, lambda stream: True, most=3)
-    llm.engine.taps, llm.engine.watchers = (-1,), [recorder]
+    llm.host.taps, llm.engine.watchers = (-1,), [recorder]
     llm.generate(["Sort: 3 1 2"] * 5, SamplingParams(max_tokens=8, temperature=0, ignore_eos=True))
-    llm.engine.taps, llm.engine.watchers = (), []
+    llm.host.taps, llm.engine.watchers = (), []
     end = time.monotonic() + 20
     while recorder.recorded < 5 and time.monotonic() < end:
         time.sleep(0.01)
@@ -149,7 +171,7 @@ def test_swaps_between_requests_leave_the_text_alone(llm, tmp_path):
     while loop.recorder.recorded < 7 and time.monotonic() < end:
         time.sleep(0.01)
     assert loop.recorder.recorded == 7  # r5 said store=false
-    llm.engine.taps, llm.engine.watchers, llm.host.parts = (), [], None
+    llm.host.taps, llm.engine.watchers, llm.host.parts = (), [], None
 
 
 def test_a_damaged_or_worse_version_is_not_kept(llm, tmp_path):

@@ -155,17 +155,19 @@ def test_random_clients_of_all_methods(server):
 
 def test_a_long_prompt_does_not_stop_a_running_stream(server):
     """The prompt comes in eight chunks: the gaps of a stream while it is evaluated stay under half of what it takes
-    alone. Of eight tries one is enough: the machine may be busy with other things; without chunks none comes there."""
-    best = 1.0
+    alone. Both are the least of the tries: the machine may be busy with other things."""
+    gaps, alone = [], []
     for k in range(8):
-        best = min(best, _gap_share(server, random.Random(k)))
-        if best < 0.5:
+        gap, time_alone = _gap(server, random.Random(k))
+        gaps.append(gap)
+        alone.append(time_alone)
+        if k > 1 and min(gaps) < 0.5 * min(alone):
             return
-    raise AssertionError(best)
+    raise AssertionError((gaps, alone))
 
 
-def _gap_share(server, rng):
-    """p95 of the gaps between the tokens of a stream while a long prompt arrives, over the prompt's time alone."""
+def _gap(server, rng):
+    """Seconds: p95 of the gaps between the tokens of a stream while a long prompt arrives; the prompt's time alone."""
     one, two = ([rng.randrange(5, 1500) for _ in range(900)] for _ in range(2))
     start = time.perf_counter()
     server.post("/v1/completions", {**LONG, "prompt": one, "max_tokens": 1}, **A)
@@ -187,7 +189,7 @@ def _gap_share(server, rng):
     other.join(60)
     connection.close()
     inside = [b - a for a, b in itertools.pairwise(stamps) if b >= window[0] and a <= window[1]]
-    return sorted(inside)[int(0.95 * len(inside))] / alone
+    return sorted(inside)[int(0.95 * len(inside))], alone
 
 
 def test_the_load_generator(server):

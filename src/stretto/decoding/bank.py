@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence as Seq
+from operator import is_
 from statistics import median
 
 from stretto.decoding.costs import Costs
@@ -104,7 +105,7 @@ class Bank:
         for seq in seqs:
             tokens += len(seq.tokens)
             clean = clean and seq.computed == len(seq.view)
-        if self._started and clean and len(seqs) == len(self._seqs) and all(map(_same, seqs, self._seqs)):
+        if self._started and clean and len(seqs) == len(self._seqs) and all(map(is_, seqs, self._seqs)):
             self._book(now - self._started, tokens - self._tokens, tokens)
         self._started = now if clean else 0.0
         self._seqs, self._tokens = seqs, tokens
@@ -146,7 +147,3 @@ class Bank:
 
     def _earn(self, seconds: float, plain: float) -> None:
         self.balance = max(-DEBT * plain, min(self.balance + seconds, WEALTH * plain))
-
-
-def _same(a: Sequence, b: Sequence) -> bool:
-    return a is b

@@ -240,7 +240,7 @@ class Guide:
         waking = bool(self._waking) and any(seq.id in self._waking for seq in seqs)
         if not waking and (resting := self.planner.rest(seqs, [seq.state for seq in seqs])) is not None:
             for seq in seqs:
-                seq.taps = ()
+                seq.taps = self._idle
             return resting
         start, depths = self.planner.begin(), self._depths(seqs)
         steps = [Step([seq.tokens[-1]]) for seq in seqs]
@@ -259,9 +259,9 @@ class Guide:
     def _offer(self, seq: Sequence) -> list[float]:
         """What drafts would gain, by depth. While the planner sleeps no states are kept; to wake takes a step more."""
         if seq.id not in self._waking and self.planner.asleep(seq, seq.state):
-            seq.taps = ()
+            seq.taps = self._idle
             return []
-        seq.taps = self._taps
+        seq.taps = self._awake
         n = min(room(seq), self.depth) if seq.computed == len(seq.view) > 0 else 0
         if n and self._host.written[seq.view.slots[-1]] == 0:
             self._waking.add(seq.id)
@@ -273,7 +273,18 @@ class Guide:
         """A sequence that begins while the method sleeps keeps no states of its prompt: it may share any prefix."""
         seq.state = self.planner.pace()
         if self.planner.napping:
-            seq.taps = ()
+            seq.taps = self._idle
+
+    @property
+    def _awake(self) -> tuple[int, ...]:
+        """The layers whose states are kept while it drafts."""
+        also = self._host.taps
+        return tuple(sorted({*self._taps, *also})) if also else self._taps
+
+    @property
+    def _idle(self) -> tuple[int, ...]:
+        """And while it sleeps: none; all where somebody else needs some, as a row has all its states or none."""
+        return self._awake if self._host.taps else ()
 
     def release(self, seq: Sequence) -> None:
         self._waking.discard(seq.id)

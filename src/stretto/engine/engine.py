@@ -74,7 +74,6 @@ class Engine:
         self.scheduler = Scheduler(
             runner, self.prefix, max_rows=max_rows, max_seqs=min(max_seqs, runner.alloc.most), block=block
         )
-        self.taps: tuple[int, ...] = ()  # layers whose states are kept for every sequence, beside the method's own
         self.watchers: list[Callable[[Stream], None]] = []  # called when a stream is about to end, unless aborted
         self._block = block
         self._make_decoder = make_decoder
@@ -124,7 +123,7 @@ class Engine:
             seq = Sequence(
                 id=next(self._ids), tokens=list(prompt), prompt_len=len(prompt), params=params, method=method,
                 view=lease.view if lease else View(self.runner.alloc), sampler=sampler, choice=choice, salt=salt,
-                taps=tuple(sorted({*getattr(method, "taps", ()), *self.taps})),
+                taps=tuple(sorted({*getattr(method, "taps", ()), *self.host.taps})),
             )
             if lease is not None:
                 seq.shift, seq.plain, seq.held = lease.shift, lease.plain, True

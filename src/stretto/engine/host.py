@@ -25,6 +25,7 @@ class Host:
     """``runner`` runs the target model. ``stop_ids`` end a sequence. ``open_runner(model)`` loads another model with
     a K/V pool of its own (a draft) and checks that its vocabulary fits; by default there is none. ``max_model_len`` in
     tokens.
+    ``taps``: layers whose states are kept for every sequence, beside the method's own (somebody records them).
     ``plan``: methods may switch themselves off where the measured curve says so. ``parts(kind, name)``: where trained
     parts come from, instead of the zoo and the disk."""
 
@@ -33,6 +34,7 @@ class Host:
     max_model_len: int
     open_runner: Callable[[str], Runner] = _alone
     plan: bool = True
+    taps: tuple[int, ...] = ()
     parts: Callable[[str, str], Adapter] | None = None
     notes: list[str] = field(default_factory=list)
 

@@ -245,9 +245,9 @@ class Method(Protocol):
     (0 = embeddings, -1 = final-normed) whose states the engine keeps for every row of the method's sequences, in
     ``Host.states(layer)`` under the row's slot. So they follow the cache through chunked prefill, truncation,
     compaction and forks, and come back with the rows after a preemption. A cached prefix is shared among sequences
-    with the same taps only. A method may set ``Sequence.taps`` to () while it needs no states: rows of such forwards
-    have none, which ``Host.written`` says. The rows of a step have theirs after its forward; those that lead it have
-    none at propose.
+    with the same taps only. A method may set ``Sequence.taps`` to () while it needs no states and nobody else does
+    (``Host.taps``): rows of such forwards have none, which ``Host.written`` says. The rows of a step have theirs
+    after its forward; those that lead it have none at propose.
 
     A method whose step is a plain chain and that looks at nothing but ``Sequence.tokens`` when it proposes may say so
     in an attribute ``rides`` = True: its rows may then share a forward with the rows of another sequence that evaluates

@@ -89,7 +89,7 @@ class Loop:
         """Record what is served into ``folder``, and use the drafters that are published there."""
         self.drafters = Drafters(self.llm, folder, plain=plain, min_gain=min_gain)
         self.recorder = Recorder(self.llm.runner, folder / "samples", self._stored, share=share)
-        self.llm.engine.taps = (LAYER,)
+        self.llm.host.taps = (LAYER,)
         self.llm.engine.watchers += [self.recorder, self._judge]
         self.calls |= {"drafters": self._learning, "rollback": self._back, "update": self._update}
 
