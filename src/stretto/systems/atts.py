@@ -23,6 +23,7 @@ def evidence(quick: bool) -> Mapping[str, Any]:
     found = measure(pair, wide, quick, None if quick else _large())
     return found | {"provenance": provenance(pair[1], threads="one a model, or all cores where the row says so")}
 
+
 def _large() -> Any:
     """125M random weights with the zoo's vocabulary, bfloat16 on one thread: its prices are those of a trained
     model, its texts are nothing."""
