@@ -162,7 +162,7 @@ def test_a_long_prompt_does_not_stop_a_running_stream(server):
 
 
 def _gap(server, rng):
-    """Seconds: p95 of the gaps between the tokens of a stream while a long prompt arrives; the prompt's time alone.
+    """Seconds: the longest gap between tokens of a stream while a long prompt arrives; the prompt's time alone.
 
     Tokens without text show themselves by ``include_steps`` only."""
     one, two = ([rng.randrange(5, 1500) for _ in range(900)] for _ in range(2))
@@ -186,7 +186,7 @@ def _gap(server, rng):
     other.join(60)
     connection.close()
     inside = [b - a for a, b in itertools.pairwise(stamps) if b >= window[0] and a <= window[1]]
-    return sorted(inside)[int(0.95 * len(inside))], alone
+    return max(inside), alone
 
 
 def test_the_load_generator(server):
