@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import tiny
+from stretto.engine.types import Outcome
 from stretto.errors import OptionError, PromptError, UnsupportedError
 from stretto.models import native_linear
 from stretto.models.batch import FlatBatch, KVPool
@@ -223,6 +224,28 @@ def test_bits_do_not_depend_on_the_order_of_rows():
     assert torch.equal(run.forward(pool, batch(*(ones[i] for i in order))).logits, alone[order])
 
 
+@pytest.mark.parametrize("heads", [(1, 1), (6, 2), (8, 1)])
+@pytest.mark.parametrize("context", [0, 5, 61, 64, 100])
+def test_rows_that_share_tiles_have_the_bits_of_rows_alone(context, heads):
+    """A forest of 90 rows, one branch longer than a chunk, in forwards of all; and each path row by row."""
+    net = model("wide-heads", num_attention_heads=heads[0], num_key_value_heads=heads[1])
+    run, pool, rng = NativeForward(net), pool_for(net), np.random.default_rng(context)
+    slots = rng.permutation(512).astype(np.int32)
+    if context:
+        prefill(run, pool, ids(context), slots[:context])
+    parent = [*range(-1, 69), *(int(rng.integers(-1, i)) for i in range(70, 90))]
+    tokens = ids(90, 2)
+    forest = rows(tokens, slots[100:190], slots[:context], parent)
+    got = run.forward(pool, batch(forest)).logits
+    for last in (0, 3, 68, 71, 77, 83, 89):
+        seen = slots[:context]
+        for i, at in enumerate(forest["paths"][last]):
+            own = slots[200 + i : 201 + i]
+            alone = run.forward(pool, batch(rows(tokens[at : at + 1], own, seen, positions=[context + i]))).logits[0]
+            assert torch.equal(alone, got[at]), at
+            seen = np.concatenate([seen, own])
+
+
 @pytest.mark.parametrize("name", ["qwen3", "qwen3-window", "qwen3_moe"])
 def test_a_path_of_a_tree_has_the_bits_of_a_chain(name):
     net = model(name)
@@ -364,3 +387,15 @@ def test_one_openmp_runtime():
     maps = Path("/proc/self/maps").read_text().splitlines()
     loaded = {line.split()[-1] for line in maps if "libgomp" in line or "libomp" in line or "libiomp" in line}
     assert len(loaded) <= 1, loaded
+
+
+def test_a_forward_says_how_sure_its_best_tokens_are():
+    net = model()
+    run, pool, slots = NativeForward(net), pool_for(net), np.arange(512, dtype=np.int32)
+    asked = run.forward(pool, batch(rows(ids(11), slots[:11]), sure=True), known=tiny.V - 3)
+    assert run.forward(pool, batch(rows(ids(11), slots[:11]))).sure is None
+    want = torch.softmax(asked.logits, -1).amax(-1)
+    assert torch.allclose(torch.from_numpy(asked.sure), want, rtol=1e-5)
+    rest = Outcome(asked.logits, asked.argmax, 4, 9, {}, slice(4, 9))  # of a forward that does not say it
+    assert np.allclose(rest.sure, want[4:9], rtol=1e-5)
+    assert np.array_equal(Outcome(asked.logits, asked.argmax, 4, 9, {}, slice(4, 9), asked.sure).sure, asked.sure[4:9])

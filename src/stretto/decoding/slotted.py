@@ -27,7 +27,6 @@ from stretto.decoding.tree import best_first
 from stretto.decoding.verify import accept_tree, choose
 from stretto.engine.host import Host
 from stretto.engine.types import Commit, Outcome, Sequence, Step, Visible
-from stretto.models.native_linear import sure
 
 __all__ = ["Laws", "Rows", "Slotted", "Statistics"]
 
@@ -43,14 +42,14 @@ PATIENCE = 4  # steps of a probe: the first only plants slots
 
 class Laws:
     """What the last accepted node's slots said. ``best[d]``: the likeliest token of law d + 1; ``key``: how sure each
-    law is; the ``rows`` of ``logits`` [k, V] give the further ranks when a tree asks for them."""
+    law is; ``law(d)``: logits [V], for the further ranks when a tree asks for them."""
 
-    __slots__ = ("_top", "best", "key", "logits", "rows")
+    __slots__ = ("_law", "_top", "best", "key")
 
     def __init__(
-        self, best: Seq[int] = (), key: tuple[int, ...] = (), logits: Tensor | None = None, rows: Seq[int] = ()
+        self, best: Seq[int] = (), key: tuple[int, ...] = (), law: Callable[[int], Tensor] | None = None
     ):
-        self.best, self.key, self.logits, self.rows = best, key, logits, rows
+        self.best, self.key, self._law = best, key, law
         self._top: dict[int, list[int]] = {}
 
     def token(self, depth: int, rank: int) -> int:
@@ -58,7 +57,8 @@ class Laws:
         if not rank:
             return self.best[depth]
         if depth not in self._top:
-            law = self.logits[self.rows[depth]].cpu().numpy()
+            assert self._law is not None  # whoever has a best token has a law
+            law = self._law(depth).cpu().numpy()
             top = np.argpartition(law, -RANKS)[-RANKS:]
             top = top[np.argsort(-law[top], kind="stable")].tolist()
             first = self.best[depth]
@@ -212,7 +212,8 @@ class Slotted:
             rows = ready.rows[laws.key] = self._rows(ready, laws.key)
             self._making += time.perf_counter() - start
         tokens = [seq.tokens[-1], *[laws.token(d, r) for d, r in rows.pick], *rows.blank]
-        return Step(tokens, rows.offsets + np.int32(seq.computed), rows.see, extra=rows, **rows.extra)
+        at, sure = rows.offsets + np.int32(seq.computed), self._members == 1
+        return Step(tokens, at, rows.see, extra=rows, sure=sure, **rows.extra)
 
     def _rows(self, ready: _Ready, key: tuple[int, ...]) -> Rows:
         if self._fixed is not None:
@@ -240,14 +241,18 @@ class Slotted:
 
     def _laws(self, outcome: Outcome, at: Seq[int]) -> Laws:
         """The laws of the slots in rows ``at``. The logits stay the forward's: further ranks may never be asked for."""
-        all_rows, borders = outcome.logits, self.statistics.borders
+        borders = self.statistics.borders
         if self._members > 1:
-            all_rows = all_rows[at].view(-1, self._members, all_rows.shape[-1]).mean(1)
-            best, at = torch.argmax(all_rows, -1).tolist(), range(len(all_rows))
+            means = outcome.logits[at].view(-1, self._members, outcome.logits.shape[-1]).mean(1)
+            sure, best = (x.tolist() for x in torch.softmax(means, -1).max(-1))
         else:
-            best = outcome.argmax[list(at)].tolist()
-        key = tuple([bisect(borders, p) for p in sure(all_rows, at)]) if borders else (0,) * len(best)
-        return Laws(best, key, all_rows, at)
+            means, best, sure = None, outcome.argmax[at].tolist(), outcome.sure[at].tolist()
+
+        def law(depth: int) -> Tensor:
+            return outcome.logits[at[depth]] if means is None else means[depth]
+
+        key = tuple([bisect(borders, p) for p in sure]) if borders else (0,) * len(best)
+        return Laws(best, key, law)
 
     def _find(self, batch: int, context: int, limit: int) -> _Ready:
         """The plan for this many sequences and about this much context."""

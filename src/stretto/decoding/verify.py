@@ -42,17 +42,13 @@ def accept_tree(
     following the target's draw is lossless for greedy and for sampling alike: the probability that some child of a
     row is taken is the sum of the target's probabilities of the children.
     """
-    children: dict[int, dict[int, int]] = {}
-    for i in range(1, len(tokens)):
-        children.setdefault(parent[i], {}).setdefault(int(tokens[i]), i)
-    rows, out = [0], []
-    while True:
-        token = choose(seq, outcome, rows[-1], out)
-        out.append(token)
-        child = children.get(rows[-1], {}).get(token)
-        if child is None:
-            break
-        rows.append(child)
+    best = outcome.argmax[: len(tokens)].tolist() if seq.sampler.plain else None
+    row, rows, out = 0, [0], [best[0] if best else choose(seq, outcome, 0)]
+    for i in range(1, len(tokens)):  # children come after their parents
+        if parent[i] == row and tokens[i] == out[-1]:
+            row = i
+            rows.append(i)
+            out.append(best[i] if best else choose(seq, outcome, i, out))
     return Commit(
         tokens=out, keep=rows, drafted=len(tokens) - 1, accepted=len(rows) - 1, logprob_rows=rows,
     )

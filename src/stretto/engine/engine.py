@@ -189,7 +189,7 @@ class Engine:
                 p = plans[i]
                 rows = slice(p.row + p.lead, p.row + p.rows)
                 outcomes.append(
-                    Outcome(result.logits, result.argmax, p.logit, p.logit + p.logits, result.hidden, rows)
+                    Outcome(result.logits, result.argmax, p.logit, p.logit + p.logits, result.hidden, rows, result.sure)
                 )
             seqs = [plans[i].seq for i in members]
             done = method.commit(seqs, [plans[i].step for i in members], outcomes)

@@ -240,6 +240,7 @@ def _pack(plans: list[Plan], block: int) -> FlatBatch:
         np.array(tokens, np.int64), len(of), len(plans), parts, taps=tuple(sorted(taps)),
         embeds=torch.cat(embeds) if embeds else None, embed_rows=np.array(embed_rows, np.int32) if embeds else None,
         entries=entries, sharing=_sharing(plans), runs=join_runs(runs) if any(p.seq.reads for p in plans) else None,
+        sure=any(p.step is not None and p.step.sure for p in plans),
     )
 
 
@@ -296,7 +297,7 @@ def _prepared(plan: Plan) -> FlatBatch:
     wanted, ptr = _numbers(n), np.array((0, len(context)), np.int32)
     parts = (at, plan.slots, _triangle(n)[0], ptr, see.ptr, context, see.columns, wanted)
     return FlatBatch.lay(
-        np.array(step.tokens, np.int64), n, 1, parts, embeds=embeds, entries=step.entries,
+        np.array(step.tokens, np.int64), n, 1, parts, embeds=embeds, entries=step.entries, sure=step.sure,
         embed_rows=None if embeds is None else np.array(step.embed_rows, np.int32),
     )
 

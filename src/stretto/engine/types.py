@@ -58,6 +58,7 @@ class Step:
     within one small set of experts; such forwards run in torch.
     ``early`` = (layer, call): ``call(outcome)`` gets the logits as that layer (1-based, below the last) would give
     them, while the layers above it are still to run; it must return at once.
+    ``sure``: whether ``Outcome.sure`` will be asked for; the forward may then compute it.
     ``extra``: whatever the method wants to find again at commit; the engine never looks at it.
     """
 
@@ -72,6 +73,7 @@ class Step:
     entries: Seq[Entry] = ()
     early: tuple[int, Callable[[Outcome], None]] | None = None
     sharing: tuple[Any, Seq[Seq[int]]] | None = None
+    sure: bool = False
     extra: Any = None
 
     def __len__(self) -> int:
@@ -81,13 +83,13 @@ class Step:
 class Outcome:
     """What the forward gave to one step. Rows are those of ``Step.logits``, in that order."""
 
-    __slots__ = ("_argmax", "_hidden", "_logits", "_rows", "start", "stop")
+    __slots__ = ("_argmax", "_hidden", "_logits", "_rows", "_sure", "start", "stop")
 
     def __init__(
         self, logits: Tensor, argmax: np.ndarray, start: int, stop: int,
-        hidden: dict[int, Tensor], rows: slice,
+        hidden: dict[int, Tensor], rows: slice, sure: np.ndarray | None = None,
     ):
-        self._logits, self._argmax, self._hidden, self._rows = logits, argmax, hidden, rows
+        self._logits, self._argmax, self._hidden, self._rows, self._sure = logits, argmax, hidden, rows, sure
         self.start, self.stop = start, stop
 
     @property
@@ -99,6 +101,13 @@ class Outcome:
     def argmax(self) -> np.ndarray:
         """int64 [rows asked for]; the lowest id wins ties."""
         return self._argmax[self.start : self.stop]
+
+    @property
+    def sure(self) -> np.ndarray:
+        """float32 [rows asked for]: the probability of each row's likeliest token."""
+        if self._sure is None:
+            return torch.softmax(self.logits, -1).amax(-1).cpu().numpy()
+        return self._sure[self.start : self.stop]
 
     def hidden(self, layer: int) -> Tensor:
         """float32 [n, H]: the states of all rows of the step after ``layer`` (must have been tapped)."""

@@ -71,6 +71,7 @@ class FlatBatch:
     entries: Sequence[Entry] = ()  # rows that enter in mid-stack
     sharing: Sequence[tuple[Any, Ints]] = ()  # (rule, rows): rows that route within one set of experts (moe.Rule)
     runs: Runs | None = None  # rows that read segments at positions of their own
+    sure: bool = False  # whether the probability of each row's likeliest token is wanted
     ints: Ints | None = None  # where the arrays from positions to logit_rows are views of one: ``lay`` made them
 
     @classmethod
@@ -122,6 +123,7 @@ class ForwardResult:
     logits: Tensor  # float32 [k, V]
     hidden: dict[int, Tensor] = field(default_factory=dict)  # tap layer -> [n, H]; -1 = final-normed state
     argmax: np.ndarray | None = None  # int64 [k]: the lowest id of each row's largest logit; the runner sees to it
+    sure: np.ndarray | None = None  # float32 [k]: its probability, where the batch asks and the forward gives it
 
 
 @dataclass(slots=True, frozen=True)

@@ -189,6 +189,10 @@ class NativeForward:
         )  # fmt: skip
         if batch.runs is not None:
             self._read_in_runs(b, batch.runs)
+        sure = None
+        if batch.sure:
+            sure = np.empty(k, np.float32)
+            b.sure = array_address(sure)
         with self._lock:
             code = self._lib.stretto_forward(ctypes.addressof(self._model), ctypes.addressof(b))
             if code == 1 and batch.positions.min() >= 0:
@@ -201,7 +205,7 @@ class NativeForward:
         if code:
             what = ("position", "token", "slot", "context", "row", "entry", "run")[code - 1]
             raise IndexError(f"the batch names a {what} that does not exist")
-        return ForwardResult(logits, hidden, best)
+        return ForwardResult(logits, hidden, best, sure)
 
     def _read_in_runs(self, b: Any, runs: Runs) -> None:
         if any(self.config.windows):

@@ -28,7 +28,7 @@ __all__ = [
     "build", "team",
 ]
 
-SOURCES = ("native.h", "linear.c", "half.c", "attention.c", "entries.c", "forward.c", "chain.c", "heads.c")
+SOURCES = ("native.h", "tiles.h", "linear.c", "half.c", "attention.c", "entries.c", "forward.c", "chain.c", "heads.c")
 FLAGS = ("-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi", "-shared", "-fPIC")
 TUNE = ("-march=native", "-mcpu=native", "-O3")  # the first that the compiler takes
 
@@ -55,7 +55,7 @@ Batch = _struct(
     (LONG, "n contexts n_context n_local k n_embeds S kv_bf16 n_entries known"),
     (POINTER, "tokens ints embeds k_pool v_pool pool_positions logits best taps entries"),
     (POINTER, "positions slots context_of context_ptr local_ptr context local logit_rows embed_rows"),
-    (LONG, "n_runs"), (POINTER, "run_ptr run_start run_at"),
+    (LONG, "n_runs"), (POINTER, "run_ptr run_start run_at sure"),
 )  # fmt: skip
 Chain = _struct(
     (LONG, "cached given most position classes"), (POINTER, "context slots tokens ints borders rates found"),
@@ -112,7 +112,7 @@ def build() -> Path:
         for name, text in texts.items():
             (Path(work) / name).write_text(text)
         for tune in TUNE:
-            command = [*compiler, *FLAGS, tune, *SOURCES[1:], "-lm", "-o", "out.so"]
+            command = [*compiler, *FLAGS, tune, *(s for s in SOURCES if s.endswith(".c")), "-lm", "-o", "out.so"]
             done = subprocess.run(command, cwd=work, capture_output=True, text=True, timeout=300)
             if done.returncode == 0:
                 os.replace(Path(work) / "out.so", target)  # other processes see the whole file or none

@@ -10,18 +10,16 @@ import ctypes
 import math
 import mmap
 import subprocess
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from stretto.errors import UnsupportedError
-from stretto.models.native_library import INT, LONG, POINTER, Mat, address, array_address, build, team
+from stretto.models.native_library import INT, LONG, POINTER, Mat, address, build, team
 
-__all__ = ["Memory", "PackedLinear", "argmax", "library", "linear", "multiplies_halves", "sure"]
+__all__ = ["Memory", "PackedLinear", "argmax", "library", "linear", "multiplies_halves"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FLOAT, BFLOAT, HALVES = range(3)  # formats of weights
@@ -44,7 +42,6 @@ def library() -> tuple[Any, str | None]:
         ("free", None, POINTER),
         ("linear", INT, POINTER, POINTER, POINTER, LONG, POINTER),
         ("argmax", None, POINTER, LONG, LONG, POINTER),
-        ("sure", None, POINTER, POINTER, LONG, LONG, POINTER),
     ):
         function = getattr(lib, f"stretto_{name}")
         function.restype, function.argtypes = result, arguments
@@ -83,7 +80,7 @@ class PackedLinear:
         if self.lib.stretto_halves() and (form == BFLOAT if halves is None else halves):
             form, (weight, scale) = HALVES, _as_halves(weight)
         panels = _in_panels(weight, lanes, gated)
-        panels = panels.permute(0, 3, 2, 1) if form == BFLOAT else panels.permute(0, 3, 1, 2)
+        panels = _ordered(panels, form)
         self.weight = memory.copy(panels) if memory else panels.contiguous()
         self.bias = None if bias is None else _in_panels(bias.detach().float()[:, None], lanes, gated).contiguous()
         self.n, self.k = len(weight) // (2 if gated else 1), weight.shape[1]
@@ -91,9 +88,9 @@ class PackedLinear:
 
 
 def _as_halves(weight: Tensor) -> tuple[Tensor, float]:
-    """(halves h below 2^4, s a power of two) with weight = h s; exact for bfloat16 down to 2^-20 of the largest."""
+    """(halves h below 2^3, s a power of two) with weight = h s; exact for bfloat16 down to 2^-19 of the largest."""
     largest = weight.abs().max().item() if weight.numel() else 0.0
-    exponent = math.frexp(largest)[1] - 4 if 0 < largest < math.inf else 0
+    exponent = math.frexp(largest)[1] - 3 if 0 < largest < math.inf else 0
     return (weight.float() * 2.0**-exponent).half(), 2.0**exponent
 
 
@@ -132,6 +129,16 @@ def _in_panels(weight: Tensor, lanes: int, gated: bool) -> Tensor:
     return torch.stack(padded, 1).view(-1, 2, lanes, weight.shape[1])
 
 
+def _ordered(panels: Tensor, form: int) -> Tensor:
+    """[P, 2, lanes, K] -> as the kernels of this format read it (native.h: Mat)."""
+    if form == BFLOAT:
+        return panels.permute(0, 3, 2, 1)
+    if form == FLOAT:
+        return panels.permute(0, 3, 1, 2)
+    columns = torch.nn.functional.pad(panels.flatten(1, 2), (0, panels.shape[3] % 2))
+    return columns.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).permute(0, 3, 2, 1, 4)
+
+
 def linear(x: Tensor, packed: PackedLinear, *, threads: int | None = None) -> Tensor:
     """x float32 [n, K] -> [n, N]"""
     if x.dtype != torch.float32 or x.dim() != 2 or x.shape[1] != packed.k or x.device.type != "cpu":
@@ -151,16 +158,6 @@ def argmax(x: Tensor) -> Tensor:
     x, out = x.float().contiguous(), torch.empty(len(x), dtype=torch.int64)
     lib.stretto_argmax(address(x), *x.shape, address(out))
     return out
-
-
-def sure(x: Tensor, rows: Sequence[int]) -> list[float]:
-    """The probability of the likeliest id under the logits of each of ``rows``; x float32 [k, V]."""
-    lib, reason = library()
-    if reason or x.device.type != "cpu" or not x.is_contiguous():
-        return torch.softmax(x[list(rows)], -1).amax(-1).tolist()
-    at, out = np.array(rows, np.int32), np.empty(len(rows), np.float32)
-    lib.stretto_sure(x.data_ptr(), array_address(at), len(at), x.shape[1], array_address(out))
-    return out.tolist()
 
 
 def multiplies_halves() -> bool:

@@ -5,135 +5,8 @@
    A query is one head of one row. An item of work is one kv head of some neighbouring rows; of these, the queries
    that see the same chunk share its keys, laid side by side in a tile, and run QUERIES at a time. A score is a sum
    over the head's dimensions in order. */
-#include "native.h"
-#define CHUNK 64 /* keys: 16 KB each of K and V at D = 64 */
-#define GROUPS (CHUNK / VL)
-#define QUERIES (VL == 16 ? 6 : 3) /* with 4 vectors of keys, or of a value: 24 accumulators of 32, or 12 of 16 */
+#include "tiles.h"
 #define ROWS 16 /* rows of an item, at most */
-
-INLINE vf load_kv(const char *p, int i, const int bf16) {
-    if (!bf16) return load((const float *)p + i);
-    vh h;
-    memcpy(&h, (const uint16_t *)p + i, sizeof h);
-    return (vf)(__builtin_convertvector(h, vu) << 16);
-}
-
-INLINE float one_kv(const char *p, int i, const int bf16) {
-    return bf16 ? bf16_to_float(((const uint16_t *)p)[i]) : ((const float *)p)[i];
-}
-
-#if VL == 16
-#define ZIP_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
-#define ZIP_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
-#elif VL == 8
-#define ZIP_LOW 0, 8, 1, 9, 2, 10, 3, 11
-#define ZIP_HIGH 4, 12, 5, 13, 6, 14, 7, 15
-#else
-#define ZIP_LOW 0, 4, 1, 5
-#define ZIP_HIGH 2, 6, 3, 7
-#endif
-#ifdef __clang__
-#define ZIP(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define ZIP(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
-#endif
-
-/* tile [D][CHUNK] = the n keys, side by side; a multiple of VL of pointers is read. */
-INLINE void transpose(const char *const *keys, int n, int D, float *tile, const int bf16) {
-    for (int j = 0; j < n; j += VL) {
-        int d = 0;
-        for (; d + VL <= D; d += VL) {
-            vf a[VL], b[VL];
-            UNROLL for (int i = 0; i < VL; i++) a[i] = load_kv(keys[j + i], d, bf16);
-            for (int w = VL; w > 1; w /= 2) { /* each round interleaves row i with row i + VL / 2 */
-                UNROLL for (int i = 0; i < VL / 2; i++) {
-                    b[2 * i] = ZIP(a[i], a[i + VL / 2], ZIP_LOW);
-                    b[2 * i + 1] = ZIP(a[i], a[i + VL / 2], ZIP_HIGH);
-                }
-                UNROLL for (int i = 0; i < VL; i++) a[i] = b[i];
-            }
-            UNROLL for (int i = 0; i < VL; i++) store(tile + (d + i) * CHUNK + j, a[i]);
-        }
-        for (; d < D; d++)
-            for (int i = 0; i < VL; i++) tile[d * CHUNK + j + i] = one_kv(keys[j + i], d, bf16);
-    }
-}
-
-/* s[i][0 : ng VL] = q[i] . keys, over d in order, for nq queries and ng groups of keys of a tile */
-INLINE void dots(const int nq, const int ng, const float *const *q, const float *tile, int D, float (*s)[CHUNK]) {
-    vf a[QUERIES * 4];
-    UNROLL for (int i = 0; i < nq * ng; i++) a[i] = splat(0.0f);
-    for (int d = 0; d < D; d++) {
-        vf k[4];
-        UNROLL for (int g = 0; g < ng; g++) {
-            k[g] = load(tile + d * CHUNK + g * VL);
-            KEEP(k[g]);
-        }
-        UNROLL for (int i = 0; i < nq; i++) {
-            const float x = q[i][d];
-            UNROLL for (int g = 0; g < ng; g++) a[i * ng + g] += x * k[g];
-        }
-    }
-    UNROLL for (int i = 0; i < nq * ng; i++) store(s[i / ng] + i % ng * VL, a[i]);
-}
-
-/* out[i][d : d + nv VL] += sum over n keys of p[i][j] values[j] */
-INLINE void mix_part(
-    const int nq, const int nv, float (*p)[CHUNK], const char *const *values, int n, int d, float *const *out,
-    int bf16) {
-    vf a[QUERIES * 4 + 4];
-    UNROLL for (int i = 0; i < nq * nv; i++) a[i] = load(out[i / nv] + d + i % nv * VL);
-    for (int j = 0; j < n; j++) {
-        vf pv[QUERIES];
-        UNROLL for (int i = 0; i < nq; i++) {
-            pv[i] = splat(p[i][j]);
-            KEEP(pv[i]);
-        }
-        UNROLL for (int c = 0; c < nv; c++) {
-            vf v = load_kv(values[j], d + c * VL, bf16);
-            KEEP(v);
-            UNROLL for (int i = 0; i < nq; i++) a[i * nv + c] += pv[i] * v;
-        }
-    }
-    UNROLL for (int i = 0; i < nq * nv; i++) store(out[i / nv] + d + i % nv * VL, a[i]);
-}
-
-INLINE void mix(
-    const int nq, float (*p)[CHUNK], const char *const *values, int n, int D, float *const *out, int bf16) {
-    int d = 0;
-    if (nq == 1)
-        for (; d + 8 * VL <= D; d += 8 * VL) mix_part(nq, 8, p, values, n, d, out, bf16);
-    for (; d + 4 * VL <= D; d += 4 * VL) mix_part(nq, 4, p, values, n, d, out, bf16);
-    for (; d + 2 * VL <= D; d += 2 * VL) mix_part(nq, 2, p, values, n, d, out, bf16);
-    for (; d + VL <= D; d += VL) mix_part(nq, 1, p, values, n, d, out, bf16);
-    for (; d < D; d++)
-        for (int i = 0; i < nq; i++)
-            for (int j = 0; j < n; j++) out[i][d] += p[i][j] * one_kv(values[j], d, bf16);
-}
-
-/* One more chunk for one query: scores s[0 : n] become weights, the state (max, sum, out [D]) takes them in. */
-INLINE void update(float *s, int n, float *top, float *sum, float *out, int D) {
-    vf high = splat(*top);
-    for (int j = n; j % VL; j++) s[j] = -INFINITY;
-    for (int j = 0; j < n; j += VL) {
-        vf v = load(s + j);
-        high = pick(v > high, v, high);
-    }
-    const float best = max_lanes(high);
-    vf total = splat(0.0f);
-    for (int j = 0; j < n; j += VL) {
-        vf e = vexp(load(s + j) - best);
-        store(s + j, e);
-        total += e;
-    }
-    if (best > *top) {
-        float old = vexp(splat(*top - best))[0];
-        *sum *= old;
-        for (int d = 0; d < D; d++) out[d] *= old;
-        *top = best;
-    }
-    *sum += sum_lanes(total);
-}
 
 typedef struct {
     const int32_t *context, *local, *kept; /* kept: the list after the window, else NULL */
@@ -190,9 +63,7 @@ INLINE void some_queries(
     const float *q[QUERIES];
     float *out[QUERIES];
     for (int i = 0; i < nq; i++) q[i] = query[i]->q, out[i] = query[i]->out;
-    int j = 0;
-    for (; j + 3 * VL < n; j += 4 * VL) dots(nq, 4, q, tile + j, D, (float(*)[CHUNK])(s[0] + j));
-    for (; j < n; j += VL) dots(nq, 1, q, tile + j, D, (float(*)[CHUNK])(s[0] + j));
+    tile_dots(nq, q, tile, n, D, s);
     for (int i = 0; i < nq; i++) update(s[i], n, &query[i]->top, &query[i]->sum, out[i], D);
     mix(nq, s, values, n, D, out, bf16);
 }
@@ -203,9 +74,7 @@ static void chunk_queries(
     int64_t pitch, int D, int bf16, float *tile) {
     const char *keys[CHUNK], *values[CHUNK];
     for (int j = 0; j < n; j++) keys[j] = k_base + slots[j] * pitch, values[j] = v_base + slots[j] * pitch;
-    for (int j = n; j % VL; j++) keys[j] = keys[n - 1]; /* computed, then masked */
-    if (bf16) transpose(keys, n, D, tile, 1);
-    else transpose(keys, n, D, tile, 0);
+    tile_keys(keys, n, D, tile, bf16);
     const int blocks = (count + QUERIES - 1) / QUERIES;
     for (int i = 0; i < blocks; i++) { /* blocks of nearly equal size */
         const int at = count * i / blocks, nq = count * (i + 1) / blocks - at;
@@ -223,13 +92,103 @@ static void chunk_queries(
     }
 }
 
-/* Scratch of one thread: a tile of keys; for each of ROWS rows R queries, their outputs and turned copies of them, and
+/* The end of a context, and local rows behind it, as several rows of a tree or a chain read them: one tile of each for
+   all, and every query takes the scores of its own list. */
+typedef struct {
+    const float *tiles;        /* of the end of the context, then of rows low .. low + span - 1 */
+    const char *const *values; /* [tail] */
+    const char *v_base;
+    int64_t first, pitch; /* of the list: the chunk's first key; bytes from slot to slot */
+    int32_t low, span, tail;
+} Joint;
+
+INLINE void joint_queries(const int nq, Query *query, int heads, const List *lists, const Batch *b, const Joint *t, int D) {
+    float s[QUERIES][CHUNK] __attribute__((aligned(64))), near[QUERIES][CHUNK] __attribute__((aligned(64)));
+    const float *q[QUERIES];
+    float *out[QUERIES];
+    for (int i = 0; i < nq; i++) q[i] = query[i].q, out[i] = query[i].out;
+    tile_dots(nq, q, t->tiles, t->tail, D, s);
+    tile_dots(nq, q, t->tiles + D * CHUNK, t->span, D, near);
+    for (int i = 0; i < nq; i++) {
+        const List *l = &lists[i / heads];
+        const int n = l->n - t->first < CHUNK ? (int)(l->n - t->first) : CHUNK;
+        const int32_t *local = l->local + t->first - l->n_context;
+        for (int j = t->tail; j < n; j++) s[i][j] = near[i][local[j] - t->low];
+        update(s[i], n, &query[i].top, &query[i].sum, out[i], D);
+    }
+    if (t->tail) mix_some(nq, s, t->values, t->tail, D, out, b->kv_bf16);
+    for (int i = 0; i < nq; i += heads) {
+        const List *l = &lists[i / heads];
+        const int n = l->n - t->first < CHUNK ? (int)(l->n - t->first) : CHUNK;
+        const int32_t *local = l->local + t->first - l->n_context;
+        const char *values[CHUNK];
+        for (int j = t->tail; j < n; j++) values[j] = t->v_base + b->slots[local[j]] * t->pitch;
+        if (n > t->tail)
+            mix_some(heads, (float(*)[CHUNK])(s[i] + t->tail), values + t->tail, n - t->tail, D, out + i, b->kv_bf16);
+    }
+}
+
+/* How many rows from i on read their next chunk together: of one context that ends in it, local rows not far apart. */
+static int joint_rows(
+    const Batch *b, const List *lists, const Cursor *cursors, int64_t row0, int i, int rows, int32_t *low, int32_t *span) {
+    const int64_t first = cursors[i].next, context = lists[i].n_context, from = first < context ? 0 : first - context;
+    int32_t least = INT32_MAX, most = -1;
+    int e = i;
+    if (first + CHUNK <= context) return 0;
+    for (; e < rows; e++) {
+        const List *l = &lists[e];
+        const int64_t end = (first + CHUNK < l->n ? first + CHUNK : l->n) - context;
+        if (l->kept || in_runs(b, row0 + e) || cursors[e].next != first || first >= l->n) break;
+        if (l->context != lists[i].context || l->n_context != context) break;
+        int32_t a = least, z = most;
+        for (int64_t j = from; j < end; j++) {
+            a = l->local[j] < a ? l->local[j] : a;
+            z = l->local[j] > z ? l->local[j] : z;
+        }
+        if (z - (int64_t)a >= CHUNK) break;
+        least = a, most = z;
+    }
+    *low = least, *span = most < least ? 0 : most - least + 1;
+    return e - i;
+}
+
+/* The next chunk of ``count`` rows, as joint_rows() found them; R queries each. */
+static void joint_chunk(
+    Query *queries, int count, int R, const List *lists, const Batch *b, Joint t, const char *k_base, int D, float *tiles) {
+    const char *keys[CHUNK], *values[CHUNK];
+    const int bf16 = b->kv_bf16;
+    t.tail = t.first < lists->n_context ? (int)(lists->n_context - t.first) : 0, t.tiles = tiles, t.values = values;
+    for (int j = 0; j < t.tail; j++) {
+        const int64_t at = lists->context[t.first + j] * t.pitch;
+        keys[j] = k_base + at, values[j] = t.v_base + at;
+    }
+    if (t.tail) tile_keys(keys, t.tail, D, tiles, bf16);
+    for (int j = 0; j < t.span; j++) keys[j] = k_base + b->slots[t.low + j] * t.pitch;
+    if (t.span) tile_keys(keys, t.span, D, tiles + D * CHUNK, bf16);
+    const int together = R < QUERIES ? QUERIES / R : 1; /* rows that run together: whole ones */
+    for (int i = 0; i < count; i += together)
+        for (int h = 0; h < R; h += QUERIES) {
+            const int heads = R - h < QUERIES ? R - h : QUERIES, rows = count - i < together ? count - i : together;
+            Query *at = queries + i * R + h;
+#undef CASE
+#define CASE(N) \
+    case N: joint_queries(N, at, heads, lists + i, b, &t, D); break
+            switch (heads * rows) {
+                CASE(1); CASE(2); CASE(3);
+#if VL == 16
+                CASE(4); CASE(5); CASE(6);
+#endif
+            }
+        }
+}
+
+/* Scratch of one thread: two tiles of keys; for each of ROWS rows R queries, their outputs and turned copies of them, and
    the kept lists. */
 static size_t query_bytes(const Model *m) { return (size_t)ROWS * (m->A / m->G) * (sizeof(Query) + sizeof(Query *)); }
 static size_t out_bytes(const Model *m) { return (size_t)ROWS * (m->A / m->G) * m->D * 4; }
 
 size_t attention_bytes(const Model *m, int64_t keys) {
-    return ((size_t)m->D * CHUNK * 4 + query_bytes(m) + 2 * out_bytes(m) + ROWS * keys * 4 + 63) / 64 * 64;
+    return ((size_t)m->D * CHUNK * 8 + query_bytes(m) + 2 * out_bytes(m) + ROWS * keys * 4 + 63) / 64 * 64;
 }
 
 /* Rotate the two halves of one head; then times ``scale``. */
@@ -261,7 +220,7 @@ static void item(
     const int D = m->D, R = m->A / m->G, es = b->kv_bf16 ? 2 : 4;
     const int64_t base = ((int64_t)layer * b->S * m->G + g) * D * es, pitch = (int64_t)m->G * D * es;
     float *tile = (float *)scratch;
-    scratch += (size_t)D * CHUNK * 4;
+    scratch += (size_t)D * CHUNK * 8;
     Query *queries = (Query *)scratch, **chosen = (Query **)(queries + ROWS * R);
     float *outs = (float *)(scratch + query_bytes(m)), *turns = (float *)(scratch + query_bytes(m) + out_bytes(m));
     int32_t *kept = (int32_t *)(scratch + query_bytes(m) + 2 * out_bytes(m));
@@ -285,6 +244,14 @@ static void item(
         for (int i = 0; i < rows; i++) { /* neighbours with the same keys go together */
             Cursor *c = &cursors[i];
             if (c->next >= lists[i].n) continue;
+            Joint t = {.v_base = (char *)b->v_pool + base, .first = c->next, .pitch = pitch};
+            const int joint = joint_rows(b, lists, cursors, row0, i, rows, &t.low, &t.span);
+            if (joint > 1) {
+                joint_chunk(queries + i * R, joint, R, lists + i, b, t, (char *)b->k_pool + base, D, tile);
+                for (int e = i + joint; i < e; i++) cursors[i].next += CHUNK;
+                i--, more = 1;
+                continue;
+            }
             if (c->next == c->end) {
                 const float *q = qkv + ((row0 + i) * (m->A + 2 * m->G) + g * R) * D;
                 enter_run(m, b, row0 + i, lists[i].n, c, q, turns + i * R * D);

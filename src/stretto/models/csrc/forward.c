@@ -186,6 +186,33 @@ static void mlp(Run *r, int *phase, int thread, const Layer *l, const Mat *then)
     combine_rows(r, (*phase)++, thread, l);
 }
 
+static int64_t largest(const float *row, int64_t columns) {
+    float best = row[0];
+    int64_t j = 0;
+    vf high = splat(best);
+    for (; j + VL <= columns; j += VL) {
+        vf v = load(row + j);
+        high = pick(v > high, v, high);
+    }
+    for (; j < columns; j++) best = row[j] > best ? row[j] : best;
+    for (int l = 0; l < VL; l++) best = high[l] > best ? high[l] : best;
+    for (j = 0; j < columns - 1 && row[j] != best;) j++;
+    return j;
+}
+
+/* Ids that nobody knows, the best of each row of logits, and how sure it is */
+static void close_rows(Run *r, int phase, int thread) {
+    const Batch *b = r->b;
+    Items it = items_of(r, phase, thread, b->k);
+    for (int64_t i; (i = take(&it)) >= 0;) {
+        float *row = b->logits + i * r->m->V;
+        for (int64_t j = b->known; j < r->m->V; j++) row[j] = -INFINITY;
+        b->best[i] = largest(row, b->known);
+        if (b->sure) b->sure[i] = sure(row, b->known, row[b->best[i]]);
+    }
+    finish_phase(&it);
+}
+
 static void body(Run *r, int thread) {
     const Model *m = r->m;
     const Batch *whole = r->b, *b = whole;
@@ -215,6 +242,7 @@ static void body(Run *r, int thread) {
     if (!b->k) return;
     Product head = {&m->head, w->x, b->logit_rows, b->logits, b->k, H, m->V, STORE, m->norm, m->eps, NULL};
     product(r, &phase, thread, &head);
+    close_rows(r, phase++, thread);
 }
 
 /* ---- entry points ---- */
@@ -313,28 +341,6 @@ void stretto_free(Model *m) {
 
 int stretto_lanes(void) { return VL; }
 
-static int64_t largest(const float *row, int64_t columns) {
-    float best = row[0];
-    int64_t j = 0;
-    vf high = splat(best);
-    for (; j + VL <= columns; j += VL) {
-        vf v = load(row + j);
-        high = pick(v > high, v, high);
-    }
-    for (; j < columns; j++) best = row[j] > best ? row[j] : best;
-    for (int l = 0; l < VL; l++) best = high[l] > best ? high[l] : best;
-    for (j = 0; j < columns - 1 && row[j] != best;) j++;
-    return j;
-}
-
-/* out [n]: the softmax probability of the largest logit of each of these rows */
-void stretto_sure(const float *x, const int32_t *rows, int64_t n, int64_t columns, float *out) {
-    for (int64_t i = 0; i < n; i++) {
-        const float *row = x + rows[i] * columns, best = row[largest(row, columns)];
-        out[i] = sure(row, columns, best);
-    }
-}
-
 /* 0, the code of open_batch(), or -1: out of memory. */
 int stretto_forward(Model *m, Batch *b) {
     Work w;
@@ -355,11 +361,6 @@ int stretto_forward(Model *m, Batch *b) {
         .body = body, .team = &m->team, .counters = (Counter *)memory, .taken = (int32_t *)(memory + counters),
         .phases = phases, .own = memory + counters + taken, .own_each = own_each, .m = m, .b = b, .work = &w};
     run_team(&r);
-    for (int64_t i = 0; i < b->k; i++) {
-        float *row = b->logits + i * m->V;
-        for (int64_t j = b->known; j < m->V; j++) row[j] = -INFINITY;
-        b->best[i] = largest(row, b->known);
-    }
     return 0;
 }
 

@@ -85,9 +85,10 @@ void finish_panel(const Product *p, int panel, int64_t row0, int rows, const flo
         if (bias) a += load(bias), b += load(bias + VL);
         float y[PW], *out = p->out + (row0 + r) * p->ldo + col;
         if (m->gated) a = silu(a) * b;
-        if (cols == width && p->mode == STORE) {
-            store(out, a);
-            if (!m->gated) store(out + VL, b);
+        if (cols == width) {
+            const int add = p->mode == ADD;
+            store(out, add ? load(out) + a : a);
+            if (!m->gated) store(out + VL, add ? load(out + VL) + b : b);
             continue;
         }
         store(y, a), store(y + VL, b);
@@ -139,7 +140,9 @@ int chunk_panels(const Mat *m, int threads) {
     return (all + items - 1) / items;
 }
 
-static size_t panel_bytes(const Mat *m) { return (size_t)PW * m->k * (m->format == FLOAT ? 4 : 2); }
+static size_t panel_bytes(const Mat *m) {
+    return (size_t)PW * (m->format == HALVES ? m->k + m->k % 2 : m->k) * (m->format == FLOAT ? 4 : 2);
+}
 
 /* Where the weights begin that are this thread's share, and where it may stop to fetch them in advance. */
 static const char *share(const Mat *m, int threads, int thread, const char **end) {

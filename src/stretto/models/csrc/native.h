@@ -56,7 +56,8 @@ typedef uint16_t vh __attribute__((vector_size(2 * VL)));
 enum { FLOAT, BFLOAT, HALVES };
 
 /* A linear y = W x + bias with n outputs and k inputs. w: panels of PW columns, [panel][k][PW], times ``scale``, in one
-   of three formats. BFLOAT holds columns j and j + VL of a panel as the low and high half of word j. gated: n gates and
+   of three formats. BFLOAT holds columns j and j + VL of a panel as the low and high half of word j; HALVES are
+   [panel][pair of k][even columns, odd columns][VL][2], a last k of zeros added where k is odd. gated: n gates and
    n ups; a panel holds VL gates, then their VL ups, and the output is silu(gate) * up. bias: NULL or float32 in panel
    order. scale: 1 but for HALVES. */
 typedef struct {
@@ -114,6 +115,7 @@ typedef struct { /* FlatBatch of batch.py, and where its results go */
     const int32_t *positions, *slots, *context_of, *context_ptr, *local_ptr, *context, *local, *logit_rows, *embed_rows;
     int64_t n_runs; /* 0: every query at its row's position. Else row i reads its list in the runs run_ptr[i].. of it: */
     const int32_t *run_ptr, *run_start, *run_at; /* [n + 1]; the first key of a run, the query's position for it */
+    float *sure; /* [k]: the probability of ``best``; NULL: nobody asks */
 } Batch;
 
 /* ---- vectors ---- */
