@@ -235,8 +235,8 @@ _ALL: tuple[AnyRecipe, ...] = (
         objective="block_diffusion", base="zoo:tiny", minutes=60, lr=2e-3, adam_lr=1e-3,
     ),
     Recipe(
-        name="zoo-tiny-diffusion", purpose="full-attention masked diffusion (kind F), from zoo:tiny",
-        objective="masked_diffusion", base="zoo:tiny", suffix=0.5, minutes=75, length=192, rows=10, lr=2e-3,
+        name="zoo-tiny-diffusion", purpose="full-attention masked diffusion (kind F), from zoo:tiny-blocks",
+        objective="masked_diffusion", base="zoo:tiny-blocks", suffix=0.5, minutes=40, length=192, rows=10, lr=2e-3,
         adam_lr=1e-3,
     ),
     Recipe(
