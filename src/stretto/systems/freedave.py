@@ -38,7 +38,7 @@ def evidence(quick: bool) -> Mapping[str, Any]:
     items = load_items(pick_tasks(list(TASKS)), 1 if quick else 4, 5, None, llm.tokenizer)
     seconds = interleaved(
         llm, items, {"static": ("diffusion", {"unmask": "fixed"}), "freedave": ("freedave", {"draft_steps": 8})},
-        rounds=2 if quick else 4,
+        rounds=2 if quick else 10,
     )
     wall = seconds["static"] / seconds["freedave"]
     best = saved["zoo:tiny-blocks", 8]
