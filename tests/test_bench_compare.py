@@ -4,6 +4,7 @@ import pytest
 
 from stretto.bench.compare import accuracy, compare
 from stretto.bench.measure import Arm
+from stretto.bench.replay import replay
 from stretto.llm import LLM
 
 
@@ -39,3 +40,16 @@ def test_lines_over_time_are_one_well_formed_picture():
     assert high < low  # larger is further up
     with pytest.raises(ValueError, match="no point"):
         over_time({"up": {}}, title="t", x_label="x")
+
+
+def test_a_replay_times_every_kind_of_drafter():
+    """The acceptance of a small model with the step of another shape; who was switched off has none."""
+    kinds = ("draft", "specmemo", "hidden_transfer", "medusa", "suffix", "jacobi_forcing")
+    found = [{"method": m, "model": "zoo:x", "tokens_per_forward": 3.0, "rows_per_forward": 6.0} for m in kinds]
+    off = {"method": "eagle", "tokens_per_forward": 1.05, "rows_per_forward": 1.1}
+    out = replay([*found, off, {"method": "mirror", "tokens_per_forward": 2.0}], ["tiny"], threads=1, steps=2)
+    assert [r["method"] for r in out["rows"]] == list(kinds)
+    assert [s["method"] for s in out["skipped"]] == ["eagle", "mirror"]
+    for row in out["rows"]:
+        assert row["rows"] == 6 and row["step_ms"] > 0
+        assert row["speedup"] == pytest.approx(3 * row["plain_ms"] / row["step_ms"])

@@ -81,14 +81,15 @@ def _replay(replayed: Mapping[str, Any] | None) -> list[str]:
         return []
     out = [
         "", "The same acceptance replayed on larger shapes with random weights (`bench/replay.py`: the step is timed "
-        "there, drafting included):", "",
+        "there, drafting included; draft models are random too, half as wide with a third of the layers; methods that "
+        "were switched off have no acceptance to replay):", "",
         "| shape | method | rows | plain step, ms | drafted step, ms | of it drafting, ms | speed-up |",
         "|---|---|---|---|---|---|---|",
     ]
     for r in replayed["rows"]:
         out.append(
-            f"| {r['shape']} | `{r['method']}` | {r['rows']} | {r['plain_ms']:.1f} | {r['step_ms']:.1f} | "
-            f"{r['draft_ms']:.1f} | {r['speedup']:.2f} |"
+            f"| {r['shape']} | `{r['method']}` {r.get('model', '')} | {r['rows']} | {r['plain_ms']:.1f} | "
+            f"{r['step_ms']:.1f} | {r['draft_ms']:.1f} | {r['speedup']:.2f} |"
         )
     return out
 
@@ -117,6 +118,16 @@ def update(page: Path, result: Mapping[str, Any], replayed: Mapping[str, Any] | 
     page.write_text(f"{before}{BEGIN}\n{render(result, replayed)}{END}{after}", encoding="utf-8")
 
 
+def _arms(evidence: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a system's own method reached over all tasks in its evidence, as bench rows."""
+    method = evidence["system"].replace("-", "_")
+    model = evidence["training"]["recipe"].replace("-", ":", 1)
+    return [
+        {"method": r["arm"], "model": model, "tokens_per_forward": r["per_forward"], "rows_per_forward": r["rows"]}
+        for r in evidence["rows"] if r["family"] == "all" and r["arm"] == method
+    ]
+
+
 def _main(arguments: Sequence[str] | None = None) -> None:
     import argparse
 
@@ -125,13 +136,15 @@ def _main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("page", type=Path)
     parser.add_argument("--replay", type=Path, help="file of the replay")
     parser.add_argument("--measure", action="store_true", help="replay now, and write the file")
+    parser.add_argument("--also", type=Path, help="with --measure: evidence of a system that is replayed too")
     given = parser.parse_args(arguments)
     result = json.loads(given.result.read_text())
     replayed = None
     if given.measure:
         from stretto.bench.replay import replay
 
-        replayed = replay([r | {"options": result.get("options", {}).get(r["method"])} for r in result["totals"]])
+        found = [r | {"options": result.get("options", {}).get(r["method"])} for r in result["totals"]]
+        replayed = replay(found + (_arms(json.loads(given.also.read_text())) if given.also else []))
         if given.replay:
             given.replay.write_text(json.dumps(replayed, indent=1) + "\n")
     elif given.replay:

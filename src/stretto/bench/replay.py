@@ -24,10 +24,13 @@ from stretto.bench.provenance import provenance
 
 __all__ = ["BUDGETS", "replay"]
 
-BUDGETS = {  # methods that draft with a part of their own or none -> the option that bounds their drafts
-    "medusa": "num_draft_tokens", "clover": "tree_size", "eagle": "depth",
+BUDGETS = {  # methods that draft with a part or a model of their own -> the option that bounds their drafts
+    "medusa": "num_draft_tokens", "clover": "tree_size", "eagle": "depth", "hidden_transfer": "tree_budget",
+    "draft": "num_draft_tokens", "specmemo": "num_draft_tokens",
 }
-FREE = ("ngram", "suffix")  # their drafting costs microseconds: only rows count
+WITH_MODEL = {"draft": {}, "specmemo": {"budget": "1.5GB"}}  # draft with a model of their own
+LEAST = 1.2  # tokens per forward below which the method was as good as switched off: there is nothing to replay
+FREE = ("ngram", "suffix", "jacobi_forcing")  # their drafting costs microseconds: only rows count
 PROMPT, STEPS, WARM = 64, 20, 4
 
 
@@ -39,35 +42,52 @@ def replay(
     tokens_per_forward, rows_per_forward). A row: shape, method, rows, tokens_per_forward, plain_ms, step_ms, draft_ms,
     speedup.
 
-    ``draft_ms``: what a step costs beyond a forward of its rows. Methods whose drafts need a second model are skipped.
+    ``draft_ms``: what a step costs beyond a forward of its rows. Draft models are random ones, as much
+    smaller than the target as zoo:tiny-draft is than zoo:tiny. Methods without such a drafter are skipped.
     """
     say = progress or (lambda text: None)
     rows: list[dict[str, Any]] = []
-    skipped = [
-        {"method": f["method"], "reason": "its drafts need a model that does not exist at these shapes"}
-        for f in found if f["method"] not in (*BUDGETS, *FREE, "ar")
-    ]
+    skipped, taken = [], []
+    for f in found:
+        if f["method"] not in (*BUDGETS, *FREE, "ar"):
+            skipped.append({"method": f["method"], "reason": "it has no drafter that could be timed at these shapes"})
+        elif f["method"] != "ar" and (f.get("tokens_per_forward") or 1) < LEAST:
+            skipped.append({"method": f["method"], "reason": "the planner had switched it off"})
+        elif f["method"] != "ar":
+            taken.append(f)
     for shape in shapes:
         with tempfile.TemporaryDirectory(prefix="stretto-replay-") as folder:
             say(f"replay: random weights of {shape}")
             llm = _open(write_checkpoint(Path(folder) / "model", SHAPES[shape]), threads)
-        plain = _step_seconds(llm, "ar", {}, steps)
-        for f in found:
-            if f["method"] in (*BUDGETS, *FREE) and (f.get("tokens_per_forward") or 1) > 1:
+            draft = write_checkpoint(Path(folder) / "draft", _smaller(SHAPES[shape]))
+            plain = _step_seconds(llm, "ar", {}, steps)
+            for f in taken:
                 say(f"replay: {f['method']} on {shape}")
-                rows.append({"shape": shape, **_row(llm, f, plain, steps)})
+                rows.append({"shape": shape, **_row(llm, f, plain, steps, draft)})
     return {"rows": rows, "skipped": skipped, "provenance": provenance(shapes=list(shapes), steps=steps)}
 
 
-def _row(llm: Any, f: Mapping[str, Any], plain: float, steps: int) -> dict[str, Any]:
+def _smaller(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The shape of a draft model: half as wide, a third of the layers (zoo:tiny-draft beside zoo:tiny)."""
+    halves = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    return {
+        **config, **{name: config[name] // 2 for name in halves},
+        "num_hidden_layers": max(1, config["num_hidden_layers"] // 3),
+    }
+
+
+def _row(llm: Any, f: Mapping[str, Any], plain: float, steps: int, draft: Path) -> dict[str, Any]:
     curve, drafts = llm.runner.curve(128), max(1, round(f["rows_per_forward"] - 1))
     if f["method"] in FREE:
         seconds = plain + curve(1 + drafts) - curve(1)
     else:
-        options = {**(f.get("options") or {}), BUDGETS[f["method"]]: drafts}
+        own = {"model": str(draft), **WITH_MODEL[f["method"]]} if f["method"] in WITH_MODEL else {}
+        budget = drafts + (f["method"] == "hidden_transfer")  # its budget counts all rows of a step
+        options = {**(f.get("options") or {}), **own, BUDGETS[f["method"]]: budget}
         seconds = _step_seconds(llm, f["method"], options, steps)
     return {
-        "method": f["method"], "rows": 1 + drafts, "tokens_per_forward": f["tokens_per_forward"],
+        "method": f["method"], "model": f.get("model", ""), "rows": 1 + drafts,
+        "tokens_per_forward": f["tokens_per_forward"],
         "plain_ms": 1e3 * plain, "step_ms": 1e3 * seconds,
         "draft_ms": 1e3 * max(0.0, seconds - plain - curve(1 + drafts) + curve(1)),
         "speedup": f["tokens_per_forward"] * plain / seconds,
