@@ -2,8 +2,9 @@
 
     python -m stretto.bench.drafting_page evidence/bench-zoo-tiny.json docs/drafting.md [--replay evidence/replay.json]
 
-``--measure`` makes the replay anew (minutes; see replay.py) and writes it to that file. A line a method: what it gave,
-at what price. The text between the marks is replaced, the rest of the page is left as it is.
+``--measure`` makes the replay anew (minutes; see replay.py) and writes it to that file; ``--also
+evidence/jacobi-forcing.json`` replays that method with the acceptance it has on its own model. A line a method: what it
+gave, at what price. The text between the marks is replaced, the rest of the page is left as it is.
 """
 
 from __future__ import annotations

@@ -42,8 +42,9 @@ def replay(
     tokens_per_forward, rows_per_forward). A row: shape, method, rows, tokens_per_forward, plain_ms, step_ms, draft_ms,
     speedup.
 
-    ``draft_ms``: what a step costs beyond a forward of its rows. Draft models are random ones, as much
-    smaller than the target as zoo:tiny-draft is than zoo:tiny. Methods without such a drafter are skipped.
+    ``draft_ms``: what a step costs beyond a forward of its rows. Draft models are random ones, half as wide as the
+    target with a third of its layers, as zoo:tiny-draft is beside zoo:tiny. Methods without such a drafter, and those
+    that the planner had switched off, are listed in "skipped".
     """
     say = progress or (lambda text: None)
     rows: list[dict[str, Any]] = []

@@ -3,8 +3,9 @@
    row's bits do not depend on where context ends and local rows begin, nor on who else is in the batch.
 
    A query is one head of one row. An item of work is one kv head of some neighbouring rows; of these, the queries
-   that see the same chunk share its keys, laid side by side in a tile, and run QUERIES at a time. A score is a sum
-   over the head's dimensions in order. */
+   that see the same chunk share its keys, laid side by side in a tile, and run QUERIES at a time. Where a context ends,
+   rows of a tree or a chain see different keys: they share a tile of its end and one of the local rows (Joint). A score
+   is a sum over the head's dimensions in order, wherever its key lies in a tile. */
 #include "tiles.h"
 #define ROWS 16 /* rows of an item, at most */
 

@@ -1,14 +1,12 @@
 /* Linears in half precision, where the processor multiplies it natively: twice the products of float32 per instruction.
 
    Weights that are stored in 16 bits become halves, times a power of two of the matrix; a row of inputs is rounded to
-   halves, times a power of two of that row alone. Weights are below 2^3 and inputs below 2^4, so a sum of SUM products
-   stays below 2^15 and cannot overflow. Inputs go in pairs (k, k + 1): one word of 32 bits is broadcast and multiplies
-   the pairs of 16 columns, so the two halves of a lane add up even and odd k. A broadcast into a register serves two
-   vectors of weights; as an operand of each product it would take a load for every product, and there are two a
-   cycle for wide vectors, as there are products. A lane's sum is added up in halves: chains of CHAIN products in order, with
-   one rounding a product, then the chains in order, then even and odd; the sums are added in float32, in order. The
-   error (2^-11 of an input, some 2^-10 of a chain) is below that of rounding the inputs to bfloat16. As in linear.c, a
-   row's bits are those it has alone. */
+   halves, times a power of two of that row alone. Weights are below 2^3 and inputs below 2^4, so a sum of KB products
+   stays below 2^15 and cannot overflow. Inputs go in pairs (k, k + 1): one word of 32 bits, broadcast once, multiplies
+   the pairs of 16 columns in each vector of weights, so the two halves of a lane add up even and odd k. A lane's sum is
+   added up in halves: chains of CHAIN products in order, with one rounding a product, then the chains in order, then
+   even and odd; the sums of blocks are added in float32, in order. The error (2^-11 of an input, some 2^-10 of a
+   chain) is below that of rounding the inputs to bfloat16. As in linear.c, a row's bits are those it has alone. */
 #include "native.h"
 
 #if HALF
@@ -128,8 +126,8 @@ INLINE void pair(
 }
 
 /* tile[r] = x[r][k0 : k0 + kb] W, or += unless k0 = 0, for mr rows and np neighbouring panels. x: the first group at k0;
-   the next group is ``group`` halves away. w: [pair of k][even columns, odd columns][VL][2] halves. Of the next block,
-   ``far``, the lines from part / parts on are fetched. */
+   the next group is ``group`` halves away. w: [pair of k][even columns, odd columns][VL][2] halves. Meanwhile
+   fetches ``ahead`` into L1 and ``step`` bytes for each pair of each of STREAMS parts of the next block, ``far``, into L2. */
 INLINE void block(
     const int mr, const int np, const uint16_t *x, size_t group, int k0, int kb, const char *w, size_t panel, float *tile,
     const char *ahead, const char *far, size_t step) {
