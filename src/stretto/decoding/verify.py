@@ -38,9 +38,9 @@ def accept_tree(
 ) -> Commit:
     """Walk from the root along the children that equal the target's own choice.
 
-    ``tokens``, ``parent`` [T]: the tree; logits of all T rows must have been asked for. Drafts are point masses, so
-    following the target's draw is lossless for greedy and for sampling alike: the probability that some child of a
-    row is taken is the sum of the target's probabilities of the children.
+    ``tokens``, ``parent`` [T]: the tree, ``parent[i] < i``, -1 for the root; logits of all T rows must have been asked
+    for. Drafts are point masses, so following the target's draw is lossless for greedy and for sampling alike: the
+    probability that some child of a row is taken is the sum of the target's probabilities of the children.
     """
     best = outcome.argmax[: len(tokens)].tolist() if seq.sampler.plain else None
     row, rows, out = 0, [0], [best[0] if best else choose(seq, outcome, 0)]
